@@ -1,0 +1,16 @@
+#include "bindings/bindings.h"
+
+#include <omp.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+
+PYBIND11_MODULE(_C, module) {
+  using namespace llmos;
+  module.doc() = "CPU kernels of llmos_fast; called by llmos_fast.native only";
+  module.def("cpu_sets", &cpu_sets);
+  module.def("force_cpu", &force_cpu);
+  module.def("forced_cpu", &forced_cpu);
+  module.def("max_threads", &omp_get_max_threads);
+  bind_quant_matmul(module);
+}
