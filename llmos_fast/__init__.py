@@ -1,5 +1,9 @@
 """llmos_fast: a fast Transformer engine for PyTorch, drop-in layers on kernels of its own."""
 
+from llmos_fast import ops, reference
+from llmos_fast.dispatch import explain, use
 from llmos_fast.version import __version__
 
-__all__ = ["__version__"]
+reference.publish(ops)
+
+__all__ = ["__version__", "explain", "ops", "reference", "use"]

@@ -1,1 +1,21 @@
-"""Placeholder."""
+"""The ops: their contracts, validation and order of preference among the implementations."""
+
+from llmos_fast.ops.add_norm import add_norm
+from llmos_fast.ops.attention import attention
+from llmos_fast.ops.dropout import dropout
+from llmos_fast.ops.ffn import ffn
+from llmos_fast.ops.gated_ffn import gated_ffn
+from llmos_fast.ops.linear import linear
+from llmos_fast.ops.linear_cross_entropy import linear_cross_entropy
+from llmos_fast.ops.rotary import rotary
+
+__all__ = [
+    "add_norm",
+    "attention",
+    "dropout",
+    "ffn",
+    "gated_ffn",
+    "linear",
+    "linear_cross_entropy",
+    "rotary",
+]

@@ -1,0 +1,60 @@
+"""What the validations of all ops share: one wording, and autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def require(condition: bool, op: str, argument: str, rule: str, value: object) -> None:
+    """Raise the project's ValueError, which names op, argument, rule and value, unless true."""
+    if not condition:
+        raise ValueError(f"{op}: {argument} must {rule}, got {value}")
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    """Every given tensor is floating point and on the device of the first one."""
+    device = None
+    for argument, tensor in tensors.items():
+        if tensor is None:
+            continue
+        require(isinstance(tensor, Tensor), op, argument, "be a tensor", type(tensor).__name__)
+        require(tensor.is_floating_point(), op, argument, "be floating point", tensor.dtype)
+        device = tensor.device if device is None else device
+        if tensor.device != device:
+            require(False, op, argument, f"be on {device}, as the first tensor is", tensor.device)
+
+
+def same_dtype(op: str, **tensors: Tensor | None) -> None:
+    """Every given tensor has the dtype of the first one."""
+    given = [(argument, t) for argument, t in tensors.items() if t is not None]
+    first, dtype = given[0][0], given[0][1].dtype
+    for argument, tensor in given[1:]:
+        if tensor.dtype != dtype:
+            require(False, op, argument, f"have the dtype of {first}, {dtype}", tensor.dtype)
+
+
+def shape(op: str, argument: str, tensor: Tensor | None, expected: Sequence[int], names: str) -> None:
+    """``tensor`` has exactly the ``expected`` sizes, called ``names`` in the message."""
+    if tensor is not None and tuple(tensor.shape) != tuple(expected):
+        rule = f"have shape ({names}) = {tuple(expected)}"
+        require(False, op, argument, rule, tuple(tensor.shape))
+
+
+def probability(op: str, argument: str, value: float) -> None:
+    """``value`` is a probability."""
+    require(0.0 <= value <= 1.0, op, argument, "be in [0, 1]", value)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under torch.autocast, fp32 and 16-bit tensors in its dtype, as torch's own products do."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.dtype not in (dtype, torch.float64) else t
+        for t in tensors
+    )

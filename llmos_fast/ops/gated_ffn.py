@@ -1,0 +1,80 @@
+"""The gated feed-forward network: SwiGLU, GeGLU, ReGLU."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmos_fast.dispatch import implementations, select
+from llmos_fast.dropout import draw_seed
+from llmos_fast.ops import check
+from llmos_fast.ops.ffn import check_activation
+from llmos_fast.ops.linear import check_weight
+
+implementations("gated_ffn", "native")
+
+_OP = "gated_ffn"
+
+
+def gated_ffn(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "silu",
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """dropout(activation(x w_gate^T + b_gate) (x w_up^T + b_up)) w_down^T + b_down.
+
+    Source: Shazeer 2020, "GLU variants improve Transformer": "silu" gives SwiGLU, "gelu" GeGLU.
+
+    Args:
+        x: Float[... features].
+        w_gate: Float[hidden features].
+        w_up: Float[hidden features].
+        w_down: Float[out hidden].
+        b_gate: Float[hidden], or None.
+        b_up: Float[hidden], or None.
+        b_down: Float[out], or None.
+        activation: "relu", "relu2" (squared), "gelu" (erf), "gelu_tanh" or "silu".
+        dropout_p: probability with which elements of the hidden layer are dropped, by bits keyed
+            on (row, hidden column), see llmos_fast.dropout.
+        impl: "auto", or the name of an implementation, which is then forced.
+
+    Returns:
+        Float[... out] in the dtype of ``x``; under autocast in its dtype.
+
+    Gradients: x and all weights and biases.
+
+    Raises:
+        ValueError: naming op, argument, rule and value.
+    """
+    x, w_gate, w_up, w_down, b_gate, b_up, b_down = check.autocast(  # type: ignore[assignment]
+        x, w_gate, w_up, w_down, b_gate, b_up, b_down
+    )
+    tensors = {"x": x, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
+    biases = {"b_gate": b_gate, "b_up": b_up, "b_down": b_down}
+    check.floating(_OP, **tensors, **biases)
+    check.same_dtype(_OP, **tensors, **biases)
+    check_weight(_OP, "w_gate", w_gate, x)
+    check.shape(_OP, "w_up", w_up, w_gate.shape, "hidden features")
+    check.shape(_OP, "w_down", w_down, (w_down.shape[0], w_gate.shape[0]), "out hidden")
+    check.shape(_OP, "b_gate", b_gate, w_gate.shape[:1], "hidden")
+    check.shape(_OP, "b_up", b_up, w_gate.shape[:1], "hidden")
+    check.shape(_OP, "b_down", b_down, w_down.shape[:1], "out")
+    check_activation(_OP, activation)
+    check.probability(_OP, "dropout_p", dropout_p)
+    seed = draw_seed(dropout_p, x.device)
+    return select(  # type: ignore[no-any-return]
+        _OP,
+        impl,
+        **tensors,
+        **biases,
+        activation=activation,
+        dropout_p=dropout_p,
+        seed=seed,
+    )

@@ -1,0 +1,31 @@
+"""The definition of ffn."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmos_fast.dropout import dropout_rows
+from llmos_fast.reference.activation import ACTIVATIONS
+from llmos_fast.reference.precision import upcast
+
+
+def unsupported(**_: object) -> None:
+    """Every valid call."""
+
+
+def forward(
+    *,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """See llmos_fast.ops.ffn."""
+    hidden = ACTIVATIONS[activation](
+        F.linear(upcast(x), upcast(w1), None if b1 is None else upcast(b1))
+    )
+    hidden = dropout_rows(hidden, seed, dropout_p)
+    return F.linear(hidden, upcast(w2), None if b2 is None else upcast(b2)).to(x.dtype)
