@@ -15,6 +15,7 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_attention(py::module_& module);
 void bind_elementwise(py::module_& module);
 void bind_quant_matmul(py::module_& module);
 

@@ -12,5 +12,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("force_cpu", &force_cpu);
   module.def("forced_cpu", &forced_cpu);
   module.def("max_threads", &omp_get_max_threads);
-  bind_quant_matmul(module);
+  bind_attention(module);
+  bind_elementwise(module);
 }

@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 LIBRARY = torch.library.Library("llmos_fast", "DEF")
 
+Function = Callable[..., Any]
 
-def is_plain(*arguments: Any) -> bool:
+
+def is_plain(arguments: tuple[Any, ...]) -> bool:
     """True where every tensor is an ordinary one and nobody traces: raw pointers may be taken."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
@@ -26,56 +28,62 @@ def is_plain(*arguments: Any) -> bool:
     )
 
 
-def register(
-    schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Define ``llmos_fast::<schema>`` with its CPU kernel and its fake; return how to call it.
+def register(schema: str, cpu: Function, fake: Function) -> Function:
+    """Define ``llmos_fast::<schema>`` without gradients; return how to call it.
 
-    The callable takes positional arguments in the schema's order.
+    Args:
+        schema: name, arguments and results, in torch.library's language.
+        cpu: the kernel; takes the arguments in the schema's order.
+        fake: likewise, but computes shapes, dtypes and strides only.
     """
-    name = schema.split("(", 1)[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, cpu, "CPU")
-    torch.library.register_fake(f"llmos_fast::{name}", fake, lib=LIBRARY)
-    op = getattr(torch.ops.llmos_fast, name).default
+    op = _define(schema, cpu, fake)
 
     def call(*arguments: Any) -> Any:
-        return cpu(*arguments) if is_plain(*arguments) else op(*arguments)
+        return cpu(*arguments) if is_plain(arguments) else op(*arguments)
 
     return call
 
 
 def differentiable(
-    schema: str,
-    cpu: Callable[..., Any],
-    fake: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-) -> Callable[..., Any]:
-    """As ``register``, with gradients: ``backward(ctx, *output_gradients)``, one per argument."""
+    schema: str, cpu: Function, fake: Function, setup_context: Function, backward: Function
+) -> Function:
+    """As ``register``, with gradients.
+
+    Args:
+        schema: as in ``register``.
+        cpu: as in ``register``.
+        fake: as in ``register``.
+        setup_context: ``(ctx, inputs, output)``, saves what the gradients need.
+        backward: ``(ctx, *output_gradients)``, returns one gradient per argument.
+    """
+    op = _define(schema, cpu, fake)
     name = schema.split("(", 1)[0]
-    call = register(schema, cpu, fake)
     torch.library.register_autograd(
         f"llmos_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY
     )
-    op = getattr(torch.ops.llmos_fast, name).default
 
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            output = cpu(*arguments)
-            setup_context(ctx, arguments, output)
-            return output
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = cpu(*arguments)
+        setup_context(ctx, arguments, output)
+        return output
 
-    Eager.backward = staticmethod(backward)  # type: ignore[method-assign,assignment]
-    Eager.__name__ = name
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    eager = type(name, (torch.autograd.Function,), members)
 
-    def call_with_gradients(*arguments: Any) -> Any:
-        if not is_plain(*arguments):
+    def call(*arguments: Any) -> Any:
+        if not is_plain(arguments):
             return op(*arguments)
         if torch.is_grad_enabled():
-            return Eager.apply(*arguments)
+            return eager.apply(*arguments)
         return cpu(*arguments)
 
-    del call
-    return call_with_gradients
+    return call
+
+
+def _define(schema: str, cpu: Function, fake: Function) -> Function:
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"llmos_fast::{name}", fake, lib=LIBRARY)
+    op: Function = getattr(torch.ops.llmos_fast, name).default
+    return op

@@ -1,0 +1,117 @@
+// total = residual + dropout(x); norm = normalised total. One pass over memory: a row stays in L1.
+
+template <typename X, typename T>
+static void add_norm_forward_rows(const AddNormForward& call) {
+  const int64_t columns = call.columns;
+#pragma omp parallel
+  {
+    float* row_buffer = thread_scratch().floats(2 * round_up(columns, 64));
+    float* factors = row_buffer + round_up(columns, 64);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < call.rows; ++row) {
+      const X* x = static_cast<const X*>(call.x) + row * columns;
+      const T* residual = call.residual ? static_cast<const T*>(call.residual) + row * columns : nullptr;
+      T* total = static_cast<T*>(call.total) + row * columns;
+      if (call.dropout.seed) dropout_factors(call.dropout, row, 0, columns, factors);
+      F sums = {};
+      for (int64_t i = 0; i < columns; i += kLanes) {
+        const int64_t n = columns - i;
+        F value = load(x + i, n);
+        if (call.dropout.seed) value *= load(factors + i, n);
+        if (residual) value += load(residual + i, n);
+        value = rounded<T>(value);
+        store(total + i, value, n);
+        store(row_buffer + i, value);
+        sums += first_lanes(value, n, 0.0f);
+      }
+      if (!call.norm) continue;
+      const float mean = call.rms ? 0.0f : sum(sums) / columns;
+      F squares = {};
+      for (int64_t i = 0; i < columns; i += kLanes) {
+        const F centred = first_lanes(load(row_buffer + i) - mean, columns - i, 0.0f);
+        squares += centred * centred;
+      }
+      const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / columns + call.eps);
+      if (!call.rms) call.mean[row] = mean;
+      call.rstd[row] = rstd;
+      T* norm = static_cast<T*>(call.norm) + row * columns;
+      for (int64_t i = 0; i < columns; i += kLanes) {
+        const int64_t n = columns - i;
+        F value = (load(row_buffer + i) - mean) * rstd;
+        if (call.weight) value *= load(call.weight + i, n);
+        if (call.bias) value += load(call.bias + i, n);
+        store(norm + i, value, n);
+      }
+    }
+  }
+}
+
+template <typename X, typename T>
+static void add_norm_backward_rows(const AddNormBackward& call) {
+  const int64_t columns = call.columns, padded = round_up(columns, 64);
+#pragma omp parallel
+  {
+    float* sum_weight = thread_scratch().floats(3 * padded);
+    float* sum_bias = sum_weight + padded;
+    float* factors = sum_bias + padded;
+    // fixed blocks of rows, so that the sums do not depend on the number of threads
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < call.partials; ++part) {
+      for (int64_t i = 0; i < 2 * padded; i += kLanes) store(sum_weight + i, F{});
+      const int64_t begin = call.rows * part / call.partials;
+      const int64_t end = call.rows * (part + 1) / call.partials;
+      for (int64_t row = begin; row < end; ++row) {
+        const T* d_norm = call.d_norm ? static_cast<const T*>(call.d_norm) + row * columns : nullptr;
+        const T* d_in = call.d_total_in ? static_cast<const T*>(call.d_total_in) + row * columns : nullptr;
+        const T* total = static_cast<const T*>(call.total) + row * columns;
+        const float mean = d_norm && !call.rms ? call.mean[row] : 0.0f;
+        const float rstd = d_norm ? call.rstd[row] : 0.0f;
+        F sum_gradient = {}, sum_product = {};
+        for (int64_t i = 0; d_norm && i < columns; i += kLanes) {
+          const int64_t n = columns - i;
+          const F normal = first_lanes((load(total + i, n) - mean) * rstd, n, 0.0f);
+          F gradient = load(d_norm + i, n);
+          store(sum_weight + i, load(sum_weight + i) + gradient * normal);
+          store(sum_bias + i, load(sum_bias + i) + gradient);
+          if (call.weight) gradient *= load(call.weight + i, n);
+          sum_gradient += gradient;
+          sum_product += gradient * normal;
+        }
+        const float mean_gradient = call.rms ? 0.0f : sum(sum_gradient) / columns;
+        const float mean_product = sum(sum_product) / columns;
+        if (call.dropout.seed) dropout_factors(call.dropout, row, 0, columns, factors);
+        for (int64_t i = 0; i < columns; i += kLanes) {
+          const int64_t n = columns - i;
+          F d_total = d_in ? load(d_in + i, n) : F{};
+          if (d_norm) {
+            const F normal = (load(total + i, n) - mean) * rstd;
+            F gradient = load(d_norm + i, n);
+            if (call.weight) gradient *= load(call.weight + i, n);
+            d_total += (gradient - mean_gradient - normal * mean_product) * rstd;
+          }
+          if (call.d_residual) store(static_cast<T*>(call.d_residual) + row * columns + i, d_total, n);
+          if (!call.d_x) continue;
+          if (call.dropout.seed) d_total *= load(factors + i, n);
+          store(static_cast<X*>(call.d_x) + row * columns + i, d_total, n);
+        }
+      }
+      for (int64_t i = 0; i < columns; i += kLanes) {
+        const int64_t n = columns - i;
+        if (call.partial_weight) store(call.partial_weight + part * columns + i, load(sum_weight + i), n);
+        if (call.partial_bias) store(call.partial_bias + part * columns + i, load(sum_bias + i), n);
+      }
+    }
+  }
+}
+
+static void add_norm_forward(const AddNormForward& call) {
+  if (call.type == DType::bf16) return add_norm_forward_rows<bf16, bf16>(call);
+  if (call.x_type == DType::bf16) return add_norm_forward_rows<bf16, float>(call);
+  add_norm_forward_rows<float, float>(call);
+}
+
+static void add_norm_backward(const AddNormBackward& call) {
+  if (call.type == DType::bf16) return add_norm_backward_rows<bf16, bf16>(call);
+  if (call.x_type == DType::bf16) return add_norm_backward_rows<bf16, float>(call);
+  add_norm_backward_rows<float, float>(call);
+}

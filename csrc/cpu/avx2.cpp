@@ -1,0 +1,33 @@
+#include <omp.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/kernels.h"
+#include "cpu/scratch.h"
+#include "cpu/target.h"
+
+LLMOS_TARGET_BEGIN("avx2,fma")
+namespace llmos {
+namespace avx2 {
+
+// 12 registers of sums, 2 of b and the broadcast element in 16.
+constexpr int kTileRows = 6, kTileVectors = 1;
+
+#include "cpu/kernels.inl"
+
+}  // namespace avx2
+
+const Kernels avx2_kernels = {
+    "avx2",
+    cpu_has_avx2,
+    avx2::add_norm_forward,
+    avx2::add_norm_backward,
+    avx2::activation_forward,
+    avx2::activation_backward,
+    avx2::rotary,
+    avx2::cross_entropy,
+    avx2::attention_forward,
+    avx2::attention_backward,
+};
+
+}  // namespace llmos
+LLMOS_TARGET_END

@@ -1,0 +1,33 @@
+#include <omp.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/kernels.h"
+#include "cpu/scratch.h"
+#include "cpu/target.h"
+
+LLMOS_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+namespace llmos {
+namespace avx512 {
+
+// 24 sums, 2 vectors of b and the broadcast element in 32 registers.
+constexpr int kTileRows = 12, kTileVectors = 2;
+
+#include "cpu/kernels.inl"
+
+}  // namespace avx512
+
+const Kernels avx512_kernels = {
+    "avx512",
+    cpu_has_avx512,
+    avx512::add_norm_forward,
+    avx512::add_norm_backward,
+    avx512::activation_forward,
+    avx512::activation_backward,
+    avx512::rotary,
+    avx512::cross_entropy,
+    avx512::attention_forward,
+    avx512::attention_backward,
+};
+
+}  // namespace llmos
+LLMOS_TARGET_END

@@ -1,0 +1,32 @@
+#include <omp.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/kernels.h"
+#include "cpu/scratch.h"
+#include "cpu/target.h"
+
+namespace llmos {
+namespace generic {
+
+// 8 registers of sums, 4 of b and the broadcast element in 16.
+constexpr int kTileRows = 2, kTileVectors = 1;
+
+#include "cpu/kernels.inl"
+
+}  // namespace generic
+
+const Kernels generic_kernels = {
+    "generic",
+    [] { return true; },
+    generic::add_norm_forward,
+    generic::add_norm_backward,
+    generic::activation_forward,
+    generic::activation_backward,
+    generic::rotary,
+    generic::cross_entropy,
+    generic::attention_forward,
+    generic::attention_backward,
+};
+
+}  // namespace llmos
+

@@ -1,0 +1,157 @@
+// Raw-pointer contracts of the CPU kernels, and the table that each instruction set fills.
+// Tensors are fp32 or bf16 ("DType"); statistics and all arithmetic are fp32. Rows are contiguous;
+// strides, where they appear, count elements. A null seed means no dropout; see
+// llmos_fast/dropout.py for the bits that (seed, row, column) draw.
+#pragma once
+
+#include <cstdint>
+
+namespace llmos {
+
+enum class DType : int { f32 = 0, bf16 = 1 };
+enum class Activation : int { relu = 0, relu2 = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
+
+struct Dropout {
+  const int64_t* seed;  // null: keep everything
+  uint64_t threshold;   // an element is kept where its 32 bits reach this
+  float scale;          // factor of kept elements
+};
+
+// total = residual + dropout(x); norm = (total - mean) * rstd * weight + bias, or without the mean
+// for rms. x: [rows, columns] of x_type, the other tensors of type. norm may be null (sum only).
+struct AddNormForward {
+  const void *x, *residual;
+  const float *weight, *bias;
+  void *norm, *total;
+  float *mean, *rstd;  // [rows]; mean unused for rms
+  int64_t rows, columns;
+  DType x_type, type;
+  bool rms;
+  float eps;
+  Dropout dropout;
+};
+
+// d_total = gradient of total through norm, plus d_total_in; d_x = dropout factor * d_total.
+// Partial sums of the weight gradients go to partial_weight, partial_bias: [partials, columns].
+struct AddNormBackward {
+  const void *d_norm, *d_total_in, *total;  // d_norm or d_total_in may be null
+  const float *weight, *mean, *rstd;
+  void *d_x, *d_residual;  // either may be null
+  float *partial_weight, *partial_bias;
+  int64_t rows, columns, partials;
+  DType x_type, type;
+  bool rms;
+  Dropout dropout;
+};
+
+// hidden = dropout(activation(gate) * up), up may be null. All [rows, columns].
+struct ActivationForward {
+  const void *gate, *up;
+  void* hidden;
+  int64_t rows, columns;
+  DType type;
+  Activation activation;
+  Dropout dropout;
+};
+
+// Gradients of the above; hidden is computed again for the caller. d_up is null where up is.
+struct ActivationBackward {
+  const void *gate, *up, *d_hidden;
+  void *d_gate, *d_up, *hidden;
+  int64_t rows, columns;
+  DType type;
+  Activation activation;
+  Dropout dropout;
+};
+
+// Pairs (a, b) -> (a cos - b sin, b cos + a sin) of x: [batch, heads, seq, head_dim] with strides;
+// out is contiguous in the order of x. cos, sin: [batch, seq, half] with batch stride (0 = shared).
+struct Rotary {
+  const void* x;
+  const float *cos, *sin;
+  void* out;
+  int64_t batch, heads, seq, head_dim, half;
+  int64_t stride_batch, stride_head, stride_seq, angle_stride_batch;
+  DType type;
+  bool interleaved;
+  float sin_sign;  // -1 turns back: the gradient
+};
+
+// Loss of each row of logits [rows, classes], and in place, where gradient, row_scale times its
+// gradient. Targets equal to ignore_index give 0.
+struct CrossEntropy {
+  void* logits;
+  const int64_t* target;
+  const float* row_scale;
+  float* loss;
+  int64_t rows, classes, ignore_index;
+  DType type;
+  float label_smoothing, z_loss, softcap;
+  bool gradient;
+};
+
+struct Strides4 {
+  int64_t batch, head, row, column;
+};
+
+// See llmos_fast/ops/attention.py for the meaning. Keys [first[b], first[b] + length) of sequence b
+// are its own; dense tensors have first = 0. One entry of `sequences` per sequence.
+struct Sequence {
+  int64_t batch;               // index into the batch strides
+  int64_t first_q, length_q;   // rows of query
+  int64_t first_k, length_k;   // rows of key that exist
+  int64_t shift;               // position of query row 0 among the keys
+};
+
+struct Attention {
+  const void *query, *key, *value;
+  const uint8_t* mask;  // null, or with mask_strides (0 where it broadcasts)
+  const float* bias;    // null, or with bias_strides
+  const float* alibi;   // null, or slope at [batch * alibi_stride + head]
+  const float* sinks;   // null, or [heads_q]
+  const Sequence* sequences;
+  int64_t count, heads_q, heads_kv, head_dim, head_dim_v, seq_q;
+  Strides4 query_strides, key_strides, value_strides, mask_strides, bias_strides;
+  int64_t alibi_stride, window_left, window_right;  // -1 = open
+  DType type;
+  bool causal;
+  float scale, softcap;
+  Dropout dropout;
+};
+
+struct AttentionForward : Attention {
+  void* out;
+  Strides4 out_strides;
+  float* lse;  // [batch, heads_q, seq_q], without the sink
+};
+
+struct AttentionBackward : Attention {
+  const void* d_out;
+  Strides4 d_out_strides;
+  const float* row_lse;  // [batch, heads_q, seq_q], with the sink; -inf in rows without a key
+  const float* delta;    // [batch, heads_q, seq_q]: sum(d_out * out) - d_lse
+  void *d_query, *d_key, *d_value;
+  Strides4 d_query_strides, d_key_strides, d_value_strides;
+  float* d_bias;  // null, or contiguous [batch, heads_q, seq_q, d_bias_columns]
+  int64_t d_bias_columns;
+};
+
+
+struct Kernels {
+  const char* name;
+  bool (*runs_here)();
+  void (*add_norm_forward)(const AddNormForward&);
+  void (*add_norm_backward)(const AddNormBackward&);
+  void (*activation_forward)(const ActivationForward&);
+  void (*activation_backward)(const ActivationBackward&);
+  void (*rotary)(const Rotary&);
+  void (*cross_entropy)(const CrossEntropy&);
+  void (*attention_forward)(const AttentionForward&);
+  void (*attention_backward)(const AttentionBackward&);
+};
+
+extern const Kernels avx512_kernels, avx2_kernels, generic_kernels;
+
+const Kernels& kernels();  // the table that this CPU, or LLMOS_FAST_CPU, asks for
+
+}  // namespace llmos

@@ -1,0 +1,10 @@
+// All kernels, in the order in which they build on one another. Included once per instruction set,
+// inside its target region and namespace.
+#include "cpu/vector.inl"
+#include "cpu/philox.inl"
+#include "cpu/tile.inl"
+#include "cpu/add_norm.inl"
+#include "cpu/activation.inl"
+#include "cpu/rotary.inl"
+#include "cpu/cross_entropy.inl"
+#include "cpu/attention.inl"

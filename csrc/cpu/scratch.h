@@ -1,0 +1,38 @@
+// Memory that a thread keeps from call to call, so that no kernel allocates in its steady state.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace llmos {
+
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+
+  // Room for `count` floats, aligned to a cache line; what was there before is lost.
+  float* floats(int64_t count) {
+    if (count > capacity_) {
+      std::free(memory_);
+      capacity_ = (count + 1023) / 1024 * 1024;
+      memory_ = static_cast<float*>(std::aligned_alloc(64, capacity_ * sizeof(float)));
+      if (!memory_) {
+        capacity_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return memory_;
+  }
+
+ private:
+  float* memory_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+inline Scratch& thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+}  // namespace llmos

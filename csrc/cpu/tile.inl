@@ -1,0 +1,54 @@
+// c[m, n] = (or +=) sum_k a[m, k] b[k, n] from blocks that lie in cache. `a` has any strides: its
+// elements are broadcast. Rows of b and c are padded to whole vectors. kTileRows and kTileVectors
+// come from the file that includes this: together with one row of b they fill the register file.
+
+template <int rows, int vectors>
+LLMOS_INLINE void multiply_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
+                                const float* b, int64_t b_row, float* c, int64_t c_row,
+                                bool accumulate) {
+  F sums[rows][vectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v)
+      sums[m][v] = accumulate ? load(c + m * c_row + v * kLanes) : F{};
+  for (int64_t k = 0; k < depth; ++k) {
+    F row[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) row[v] = load(b + k * b_row + v * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < rows; ++m) {
+      const F element = splat(a[m * a_row + k * a_depth]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sums[m][v] += element * row[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) store(c + m * c_row + v * kLanes, sums[m][v]);
+}
+
+template <int vectors>
+LLMOS_INLINE void multiply_columns(int64_t rows, int64_t depth, const float* a, int64_t a_row,
+                                   int64_t a_depth, const float* b, int64_t b_row, float* c,
+                                   int64_t c_row, bool accumulate) {
+  int64_t m = 0;
+  for (; m + kTileRows <= rows; m += kTileRows)
+    multiply_tile<kTileRows, vectors>(depth, a + m * a_row, a_row, a_depth, b, b_row, c + m * c_row, c_row, accumulate);
+  for (; m + 4 <= rows; m += 4)
+    multiply_tile<4, vectors>(depth, a + m * a_row, a_row, a_depth, b, b_row, c + m * c_row, c_row, accumulate);
+  for (; m < rows; ++m)
+    multiply_tile<1, vectors>(depth, a + m * a_row, a_row, a_depth, b, b_row, c + m * c_row, c_row, accumulate);
+}
+
+static void multiply_block(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
+                           int64_t a_depth, const float* b, int64_t b_row, float* c, int64_t c_row,
+                           bool accumulate) {
+  constexpr int64_t wide = kTileVectors * kLanes;
+  int64_t n = 0;
+  for (; n + wide <= round_up(columns, kLanes); n += wide)
+    multiply_columns<kTileVectors>(rows, depth, a, a_row, a_depth, b + n, b_row, c + n, c_row, accumulate);
+  for (; n < columns; n += kLanes)
+    multiply_columns<1>(rows, depth, a, a_row, a_depth, b + n, b_row, c + n, c_row, accumulate);
+}

@@ -1,0 +1,154 @@
+// Sixteen fp32 lanes in the compiler's own vector type: one zmm, two ymm or four xmm registers,
+// whatever the target region that includes this file has.
+
+constexpr int kLanes = 16;
+using F = float __attribute__((vector_size(64)));
+using I = int32_t __attribute__((vector_size(64)));
+using U = uint32_t __attribute__((vector_size(64)));
+using L = uint64_t __attribute__((vector_size(64)));
+using H = uint16_t __attribute__((vector_size(32)));
+
+#define LLMOS_INLINE static inline __attribute__((always_inline))
+
+struct bf16 {
+  uint16_t bits;
+};
+
+LLMOS_INLINE F splat(float x) { return x - F{}; }
+LLMOS_INLINE F as_float(U x) { return (F)x; }
+LLMOS_INLINE U as_bits(F x) { return (U)x; }
+LLMOS_INLINE F select(I condition, F yes, F no) { return condition ? yes : no; }
+LLMOS_INLINE F maximum(F a, F b) { return select(a > b, a, b); }
+LLMOS_INLINE F absolute(F x) { return as_float(as_bits(x) & 0x7fffffffu); }
+
+LLMOS_INLINE F load(const float* p) {
+  F x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+LLMOS_INLINE F load(const bf16* p) {
+  H x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return as_float(__builtin_convertvector(x, U) << 16);
+}
+
+LLMOS_INLINE void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
+
+LLMOS_INLINE H round_bf16(F x) {
+  U bits = as_bits(x);
+  U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  // rounding would carry some NaN over to zero
+  rounded = (x != x) ? (U{} + 0x7fc0u) : rounded;
+  return __builtin_convertvector(rounded, H);
+}
+
+LLMOS_INLINE void store(bf16* p, F x) {
+  H bits = round_bf16(x);
+  __builtin_memcpy(p, &bits, sizeof bits);
+}
+
+// The first n < kLanes elements; the other lanes are 0.
+template <typename T>
+LLMOS_INLINE F load(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  T lanes[kLanes] = {};
+  __builtin_memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+
+template <typename T>
+LLMOS_INLINE void store(T* p, F x, int64_t n) {
+  if (n >= kLanes) return store(p, x);
+  T lanes[kLanes];
+  store(lanes, x);
+  __builtin_memcpy(p, lanes, n * sizeof(T));
+}
+
+// A value as it will be read back from a tensor of type T.
+template <typename T>
+LLMOS_INLINE F rounded(F x) {
+  T lanes[kLanes];
+  store(lanes, x);
+  return load(lanes);
+}
+template <>
+inline __attribute__((always_inline)) F rounded<float>(F x) {
+  return x;
+}
+
+LLMOS_INLINE float sum(F x) {
+  float total = 0;
+  for (int half = kLanes / 2; half; half /= 2)  // pairwise: the error grows with log2(lanes)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  total = x[0];
+  return total;
+}
+
+LLMOS_INLINE float maximum(F x) {
+  float largest = x[0];
+  for (int i = 1; i < kLanes; ++i) largest = largest > x[i] ? largest : x[i];
+  return largest;
+}
+
+LLMOS_INLINE F first_lanes(F x, int64_t n, float other) {
+  const I index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return select(index < (I{} + int32_t(n < kLanes ? n : kLanes)), x, splat(other));
+}
+
+// exp(x) within 2 ulp; 0 below -87.3 (no subnormals), infinity above 88.7.
+LLMOS_INLINE F exponential(F x) {
+  const F clamped = select(x < splat(-87.3f), splat(-87.3f), select(x > splat(88.72f), splat(88.72f), x));
+  const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const F shifted = clamped * 1.44269504f + magic;
+  const F n = shifted - magic;
+  const F r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  F p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // 2^n in two steps, because n = 128 has no fp32 of its own
+  const I whole = __builtin_convertvector(n, I);
+  const I half = whole >> 1;
+  const F scaled = p * (F)((half + 127) << 23) * (F)((whole - half + 127) << 23);
+  const F result = select(x < splat(-87.3f), splat(0.0f), select(x > splat(88.72f), splat(__builtin_inff()), scaled));
+  return select(x != x, x, result);
+}
+
+LLMOS_INLINE F sigmoid(F x) { return 1.0f / (1.0f + exponential(-x)); }
+
+LLMOS_INLINE F tangent_hyperbolic(F x) {
+  const F y = absolute(x), square = x * x;
+  // 1 - 2 / (e^2y + 1) cancels near 0: there the Taylor series, whose error at 0.3 is 1e-8
+  F series = splat(-0.00886323552990219657f);
+  series = series * square + 0.0218694885361552028f;
+  series = series * square - 0.0539682539682539683f;
+  series = series * square + 0.133333333333333333f;
+  series = series * square - 0.333333333333333333f;
+  series = x + x * square * series;
+  const F far = 1.0f - 2.0f / (exponential(y + y) + 1.0f);
+  return select(y < splat(0.3f), series, select(x < splat(0.0f), -far, far));
+}
+
+// Phi(x), the normal distribution, and its density. erfc(u) e^(u^2) / 2 is a polynomial of degree 9
+// in 1 / (1 + u / 2), fitted here to a relative error of 2e-7 over [0, 10].
+LLMOS_INLINE F normal_cdf(F x, F* density) {
+  const F u = absolute(x) * 0.70710678118f;
+  const F t = 1.0f / (1.0f + 0.5f * u);
+  F p = splat(-0.02953447587788105f);
+  p = p * t + 0.1422874629497528f;
+  p = p * t - 0.24359990656375885f;
+  p = p * t + 0.13903352618217468f;
+  p = p * t - 0.01331279892474413f;
+  p = p * t + 0.10134342312812805f;
+  p = p * t + 0.12155188620090485f;
+  p = p * t + 0.1411876529455185f;
+  p = p * t + 0.14104321599006653f;
+  const F gaussian = exponential(-0.5f * x * x);
+  const F tail = p * t * gaussian;
+  *density = gaussian * 0.3989422804f;
+  return select(x < splat(0.0f), tail, 1.0f - tail);
+}

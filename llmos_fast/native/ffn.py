@@ -1,0 +1,119 @@
+"""ffn on the CPU: two routed products, and the activation with dropout in one pass between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmos_fast.native.activation import activation_backward, activation_forward
+from llmos_fast.native.common import refusal, second_order
+from llmos_fast.native.library import differentiable, register
+from llmos_fast.native.product import product
+from llmos_fast.reference import ffn as definition
+
+
+def unsupported(*, x: Tensor, w1: Tensor, w2: Tensor, **_: object) -> str | None:
+    """Needs CPU tensors in fp32 or bf16."""
+    return refusal(x, w1, w2)
+
+
+def forward(
+    *,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """See llmos_fast.ops.ffn."""
+    rows = x.reshape(-1, x.shape[-1])
+    out, _ = _ffn(rows, w1, b1, w2, b2, activation, dropout_p, seed)
+    return out.view(*x.shape[:-1], w2.shape[0])  # type: ignore[no-any-return]
+
+
+def _forward_cpu(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    gate = product(x, w1, b1)
+    return product(activation_forward(gate, None, activation, p, seed), w2, b2), gate
+
+
+def _forward_fake(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty(x.shape[0], w1.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w1, b1, w2, b2, ctx.activation, ctx.p, seed = inputs
+    ctx.save_for_backward(x, w1, b1, w2, b2, seed, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, w1, b1, w2, b2, seed, gate = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+        rest = {"activation": ctx.activation, "dropout_p": ctx.p, "seed": seed}
+        return (*second_order(definition, tensors, rest, (d_out,)).values(), None, None, None)
+    need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
+    d_hidden = product(d_out, w2.t(), None)
+    d_gate, hidden = _ffn_activation_backward(gate, d_hidden, ctx.activation, ctx.p, seed)
+    return (
+        product(d_gate, w1.t(), None) if need_x else None,
+        product(d_gate.t(), x.t(), None) if need_w1 else None,
+        d_gate.sum(0) if need_b1 else None,
+        product(d_out.t(), hidden.t(), None) if need_w2 else None,
+        d_out.sum(0) if need_b2 else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _activation_backward_cpu(
+    gate: Tensor, d_hidden: Tensor, activation: str, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    d_gate, _, hidden = activation_backward(gate, None, d_hidden, activation, p, seed)
+    return d_gate, hidden
+
+
+def _activation_backward_fake(
+    gate: Tensor, d_hidden: Tensor, activation: str, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(gate), torch.empty_like(gate)
+
+
+_ffn = differentiable(
+    "ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, float dropout_p, "
+    "Tensor? seed) -> (Tensor, Tensor)",
+    _forward_cpu,
+    _forward_fake,
+    _setup_context,
+    _backward,
+)
+_ffn_activation_backward = register(
+    "ffn_activation_backward(Tensor gate, Tensor d_hidden, str activation, float dropout_p, "
+    "Tensor? seed) -> (Tensor, Tensor)",
+    _activation_backward_cpu,
+    _activation_backward_fake,
+)

@@ -1,0 +1,128 @@
+"""gated_ffn on the CPU: three routed products, activation, gate and dropout in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmos_fast.native.activation import activation_backward, activation_forward
+from llmos_fast.native.common import refusal, second_order
+from llmos_fast.native.library import differentiable, register
+from llmos_fast.native.product import product
+from llmos_fast.reference import gated_ffn as definition
+
+
+def unsupported(*, x: Tensor, w_gate: Tensor, **_: object) -> str | None:
+    """Needs CPU tensors in fp32 or bf16."""
+    return refusal(x, w_gate)
+
+
+def forward(
+    *,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """See llmos_fast.ops.gated_ffn."""
+    rows = x.reshape(-1, x.shape[-1])
+    out, _, _ = _gated_ffn(
+        rows, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, dropout_p, seed
+    )
+    return out.view(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
+
+
+def _forward_cpu(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up = product(x, w_gate, b_gate), product(x, w_up, b_up)
+    return product(activation_forward(gate, up, activation, p, seed), w_down, b_down), gate, up
+
+
+def _forward_fake(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gate = x.new_empty(x.shape[0], w_gate.shape[0])
+    return x.new_empty(x.shape[0], w_down.shape[0]), gate, torch.empty_like(gate)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.activation, ctx.p, seed = inputs
+    ctx.save_for_backward(*tensors, seed, output[1], output[2])
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+_NAMES = ("x", "w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
+
+
+def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, seed, gate, up = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        rest = {"activation": ctx.activation, "dropout_p": ctx.p, "seed": seed}
+        named = dict(zip(_NAMES, tensors, strict=True))
+        return (*second_order(definition, named, rest, (d_out,)).values(), None, None, None)
+    x, w_gate, w_up, w_down = tensors[:4]
+    need = dict(zip(_NAMES, ctx.needs_input_grad, strict=False))
+    d_hidden = product(d_out, w_down.t(), None)
+    d_gate, d_up, hidden = _gated_backward(gate, up, d_hidden, ctx.activation, ctx.p, seed)
+    d_x = product(d_gate, w_gate.t(), None) + product(d_up, w_up.t(), None) if need["x"] else None
+    return (
+        d_x,
+        product(d_gate.t(), x.t(), None) if need["w_gate"] else None,
+        product(d_up.t(), x.t(), None) if need["w_up"] else None,
+        product(d_out.t(), hidden.t(), None) if need["w_down"] else None,
+        d_gate.sum(0) if need["b_gate"] else None,
+        d_up.sum(0) if need["b_up"] else None,
+        d_out.sum(0) if need["b_down"] else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _gated_backward_fake(
+    gate: Tensor, up: Tensor, d_hidden: Tensor, activation: str, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+
+
+_gated_ffn = differentiable(
+    "gated_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, Tensor? b_up, "
+    "Tensor? b_down, str activation, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    _forward_cpu,
+    _forward_fake,
+    _setup_context,
+    _backward,
+)
+_gated_backward = register(
+    "gated_activation_backward(Tensor gate, Tensor up, Tensor d_hidden, str activation, "
+    "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    activation_backward,
+    _gated_backward_fake,
+)
