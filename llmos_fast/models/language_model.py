@@ -20,3 +20,8 @@ class LanguageModel(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of ``targets: Int[batch seq]``, the token after each: Float[]."""
         raise NotImplementedError
+
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """Logits of the token after the last one: Int[batch seq] -> Float[batch ntoken]."""
+        logits: Tensor = self(tokens)[:, -1]
+        return logits

@@ -75,6 +75,11 @@ class TransformerModel(LanguageModel):
         logits: Tensor = self.decoder(self.hidden(tokens))
         return logits
 
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """Logits of the token after the last one, the only row that is projected."""
+        logits: Tensor = self.decoder(self.hidden(tokens)[:, -1])
+        return logits
+
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of ``targets``, the token that follows each of ``tokens``.
 

@@ -12,7 +12,7 @@ from llmos_fast.models import LanguageModel
 
 @torch.no_grad()
 def perplexity(model: LanguageModel, text: Windows) -> float:
-    """Perplexity: exp of the mean cross-entropy over all tokens of ``text``, each weighing the same.
+    """Perplexity of ``text``: exp of the mean cross-entropy, every token weighing the same.
 
     A token sees what precedes it in its own window. Dropout is off; the model's mode is restored.
     Infinite where the mean is too large for the exponential.
