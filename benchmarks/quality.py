@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.torch_model import TorchTransformerModel
+from llmos_fast.commands.torch_peer import TorchTransformerModel
 from llmos_fast.data import build_vocab, encode_lines, open_corpus, windows
 from llmos_fast.models import LanguageModel, TransformerModel
 from llmos_fast.training import Trainer, TrainingConfig, perplexity

@@ -26,9 +26,15 @@ _DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<u2"), 2: np.dtype("<i4")}
 class Tokenizer(Protocol):
     """What turns text into ids and back: a ``Vocabulary`` or a ``BytePairTokenizer``."""
 
-    kind: str
-    unknown_id: int | None
     end_id: int
+
+    @property
+    def kind(self) -> str:
+        """Name of the kind: "words" or "bpe"."""
+
+    @property
+    def unknown_id(self) -> int | None:
+        """Id of ``<unk>``; None where every text has ids of its own."""
 
     def __len__(self) -> int: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class TransformerModel(LanguageModel):
     ):
         super().__init__()
         _check_sizes(ntoken, ninp, nhead, nhid, nlayers, dropout)
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             "ntoken": ntoken,
             "ninp": ninp,
             "nhead": nhead,

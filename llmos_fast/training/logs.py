@@ -63,17 +63,17 @@ class TensorBoardLog:
             raise ImportError(
                 "TensorBoard logs need the tensorboard package: pip install llmos-fast[tensorboard]"
             ) from error
-        self._writer = SummaryWriter(folder)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(folder)
 
     def write(self, record: Record) -> None:
         """Add one point to each curve."""
         for name, value in record._asdict().items():
             if name != "step" and value is not None:
-                self._writer.add_scalar(name, value, record.step)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, record.step)
 
     def close(self) -> None:
         """Write out what is still in memory."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 def read_log(path: Path) -> list[Record]:
@@ -89,5 +89,13 @@ def read_log(path: Path) -> list[Record]:
 
 
 def _record(row: list[str]) -> Record:
-    step, epoch, *numbers, last = row
-    return Record(int(step), int(epoch), *map(float, numbers), float(last) if last else None)
+    step, epoch, loss, rate, norm, speed, perplexity = row
+    return Record(
+        int(step),
+        int(epoch),
+        float(loss),
+        float(rate),
+        float(norm),
+        float(speed),
+        float(perplexity) if perplexity else None,
+    )

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 from llmos_fast.training.logs import read_log
+
+
+def require_matplotlib() -> None:
+    """Raise ImportError where matplotlib is missing: better before a long run than after it."""
+    if find_spec("matplotlib") is None:
+        raise ImportError("the loss curve needs matplotlib: pip install llmos-fast[plot]")
 
 
 def plot_loss(log: Path, picture: Path) -> None:
@@ -13,13 +20,10 @@ def plot_loss(log: Path, picture: Path) -> None:
 
     Raises ImportError where matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "the loss curve needs matplotlib: pip install llmos-fast[plot]"
-        ) from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     records = read_log(log)
     measured = [r for r in records if r.valid_perplexity is not None]
     # Without pyplot: no global state, no display.

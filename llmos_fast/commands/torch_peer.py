@@ -1,4 +1,4 @@
-"""``TransformerModel`` on torch.nn's layers: the peer of benchmarks and tests."""
+"""``TransformerModel`` on torch.nn's layers: the peer that speed and quality are measured against."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ class TorchTransformerModel(LanguageModel):
         self.decoder = nn.Linear(ninp, ntoken)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next token at every position: Float[batch seq ntoken]."""
         x = self.pos_encoder(self.input_emb(tokens) * math.sqrt(self.ninp))
         mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], device=x.device)
-        return self.decoder(self.encoder(x, mask=mask, is_causal=True))
+        logits: Tensor = self.decoder(self.encoder(x, mask=mask, is_causal=True))
+        return logits
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of ``targets``, from logits that are held as a whole."""
         return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
