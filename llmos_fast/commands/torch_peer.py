@@ -1,4 +1,4 @@
-"""``TransformerModel`` on torch.nn's layers: the peer that speed and quality are measured against."""
+"""``TransformerModel`` on torch.nn alone: the peer that speed and quality are measured against."""
 
 from __future__ import annotations
 
