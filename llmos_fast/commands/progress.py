@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from llmos_fast.commands.interruption import Interruption
 from llmos_fast.training import Log, Record, Run, Step, perplexity
+from llmos_fast.training.storage import current_folder
 
 INTERRUPTED = 130
 
@@ -151,7 +152,7 @@ def _train(
 
 
 def _how_to_resume(run: Run) -> str:
-    if not run.checkpoint_folder.exists():
+    if not current_folder(run.checkpoint_folder).exists():
         return "No checkpoint was saved yet."
     return (
         f"The last good checkpoint is {run.checkpoint_folder}; go on with: "

@@ -32,6 +32,7 @@ from llmos_fast.training import (
 )
 
 _MODEL = ModelSettings(ninp=128, nhead=4, nhid=256, nlayers=2, dropout=0.1)
+_MIN_COUNT = 10
 _GROUP_SIZE = 64
 _TIMED_STEPS = 16
 
@@ -48,7 +49,7 @@ def quickstart(
     out = console()
     started = time.perf_counter()
     config = TrainingConfig(learning_rate=2e-3, max_steps=steps, seed=seed)
-    run = start_run(output, "wikitext-2", TokenizerSettings(min_count=10), _MODEL, config)
+    run = start_run(output, "wikitext-2", TokenizerSettings(min_count=_MIN_COUNT), _MODEL, config)
     out.print(
         f"WikiText-2: {len(run.checkpoint.tokenizer):,} words in the vocabulary, "
         f"{run.trainer.text.rows.numel():,} tokens; a model of {run.size:,} weights"

@@ -95,11 +95,16 @@ class WholeText(NamedTuple):
     files: tuple[Path, ...]
 
     def lines(self, split: str) -> Iterator[str]:
-        """Lines of one split; the text is read once more to count them."""
+        """Lines of one split; the text is read once more to count them.
+
+        Raises ValueError where there is nothing to hold out.
+        """
         if split not in SPLITS:
             raise ValueError(f"lines: split must be one of {', '.join(SPLITS)}, got {split!r}")
         count = sum(1 for _ in self._all_lines())
-        train_end = int(count * _TRAIN_SHARE)
+        if count < 2:
+            raise ValueError(f"lines: text must have at least 2 lines, got {count}")
+        train_end = max(1, int(count * _TRAIN_SHARE))
         valid_end = (train_end + count + 1) // 2
         start, end = {
             "train": (0, train_end),
