@@ -92,7 +92,9 @@ def _continue_prompt(out: Console, checkpoint: Checkpoint, prompt: str, seed: in
         context=checkpoint.context,
     )
     out.print("[bold]Generated[/bold]")
-    out.print(text + "\n", markup=False)
+    # Every other line of WikiText is blank, and the model learns it.
+    lines = [line for line in text.splitlines() if line]
+    out.print("\n".join(lines) + "\n", markup=False)
 
 
 def _compare_with_torch(out: Console, run: Run) -> None:

@@ -138,4 +138,5 @@ class OnlineCorpus:
                 f"lines: split must be one of {', '.join(self._dataset)}, got {name!r}"
             )
         for row in self._dataset[name]:
-            yield from row["text"].split("\n")
+            # Some sets keep the line end in their rows, WikiText among them.
+            yield from row["text"].removesuffix("\n").split("\n")

@@ -92,8 +92,7 @@ class TransformerModel(LanguageModel):
                 f"TransformerModel.loss: targets must have the shape of tokens "
                 f"{tuple(tokens.shape)}, got {tuple(targets.shape)}"
             )
-        logits = F.linear(self.hidden(tokens), self.decoder.weight, self.decoder.bias)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return F.cross_entropy(self(tokens).flatten(0, 1).float(), targets.flatten())
 
 
 def _check_sizes(

@@ -76,13 +76,16 @@ def test_online_corpus(monkeypatch):
 
     def load_dataset(name, configuration, streaming):
         asked.append((name, configuration, streaming))
-        return {"train": [{"text": "a b"}, {"text": "c\nd"}], "validation": [{"text": "e"}]}
+        return {
+            "train": [{"text": "a b\n"}, {"text": ""}, {"text": "c\nd"}],
+            "validation": [{"text": "e"}],
+        }
 
     package.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", package)
     corpus = open_corpus("hf:owner/name")
     assert asked == [("owner/name", None, True)]
-    assert list(corpus.lines("train")) == ["a b", "c", "d"]
+    assert list(corpus.lines("train")) == ["a b", "", "c", "d"]
     assert list(corpus.lines("valid")) == ["e"]
     with pytest.raises(ValueError, match="split must be one of train, validation"):
         list(corpus.lines("test"))
