@@ -13,6 +13,9 @@
 namespace llmos {
 namespace {
 
+// Accumulators stay in registers only where every loop over them is unrolled.
+#define UNROLL _Pragma("GCC unroll 8")
+
 constexpr int kPanel = 16;
 constexpr int64_t kBlock = 240;
 
@@ -122,40 +125,40 @@ void integer_tile(const PackedTile<S>& tile, int panel, const Plan& plan, const 
   const uint8_t* panels = tile.panels + panel * plan.words * 64;
   const int8_t* x = rows.integers + row * plan.stride;
   F sum[MR][V];
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < V; ++v) sum[m][v] = S::zero();
+  UNROLL for (int m = 0; m < MR; ++m)
+    UNROLL for (int v = 0; v < V; ++v) sum[m][v] = S::zero();
   for (int64_t g = 0; g < plan.groups; ++g) {
     const int64_t begin = g * plan.words_per_group;
     const int64_t end = S::min(begin + plan.words_per_group, plan.words);
     const int64_t column = g * kColumns + panel * kPanel;
     I acc[MR][V];  // starts at -zero * sum(x): the panels hold level + zero
-    for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < V; ++v)
+    UNROLL for (int m = 0; m < MR; ++m)
+      UNROLL for (int v = 0; v < V; ++v)
         acc[m][v] = S::multiply(S::load_ints(tile.zeros + column + v * S::kLanes),
                                 -rows.sums[(row + m) * plan.groups + g]);
     for (int64_t word = begin; word < end; ++word) {
       const uint8_t* w = panels + word * 64;
       I weights[V];
-      for (int half = 0; half < (k4Bit ? 2 : 1); ++half) {
-        for (int v = 0; v < V; ++v) {
+      UNROLL for (int half = 0; half < (k4Bit ? 2 : 1); ++half) {
+        UNROLL for (int v = 0; v < V; ++v) {
           const int byte = v * S::kLanes * 4;  // of a word over all panels of the tile
           const I raw = S::load_bytes(w + byte / 64 * plan.words * 64 + byte % 64);
           weights[v] = !k4Bit ? raw : half == 0 ? S::low_nibbles(raw) : S::high_nibbles(raw);
         }
-        for (int m = 0; m < MR; ++m) {
+        UNROLL for (int m = 0; m < MR; ++m) {
           const I xs = S::broadcast_word(x + m * plan.stride + (k4Bit ? word * 8 + half * 4 : word * 4));
-          for (int v = 0; v < V; ++v)
+          UNROLL for (int v = 0; v < V; ++v)
             acc[m][v] = S::template dot<k4Bit>(acc[m][v], weights[v], xs);
         }
       }
     }
-    for (int v = 0; v < V; ++v) {
+    UNROLL for (int v = 0; v < V; ++v) {
       const F scale = S::load_floats(tile.scales + column + v * S::kLanes);
-      for (int m = 0; m < MR; ++m) sum[m][v] = S::fma(S::to_float(acc[m][v]), scale, sum[m][v]);
+      UNROLL for (int m = 0; m < MR; ++m) sum[m][v] = S::fma(S::to_float(acc[m][v]), scale, sum[m][v]);
     }
   }
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < V; ++v)
+  UNROLL for (int m = 0; m < MR; ++m)
+    UNROLL for (int v = 0; v < V; ++v)
       S::store_floats(y + m * kColumns + panel * kPanel + v * S::kLanes,
                       S::multiply(sum[m][v], S::broadcast(rows.scales[row + m])));
 }
@@ -172,21 +175,20 @@ void float_tile(const PackedTile<S>& tile, int panel, const Plan& plan, const Ro
   const float* x = rows.floats + row * plan.stride;
   const auto levels = S::template levels<kFormat>();
   F sum[MR][V];
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < V; ++v) sum[m][v] = S::zero();
+  UNROLL for (int m = 0; m < MR; ++m)
+    UNROLL for (int v = 0; v < V; ++v) sum[m][v] = S::zero();
   for (int64_t g = 0; g < plan.groups; ++g) {
     const int64_t begin = g * plan.words_per_group;
     const int64_t end = S::min(begin + plan.words_per_group, plan.words);
     const int64_t column = g * kColumns + panel * kPanel;
     F acc[MR][V];
-    for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < V; ++v) acc[m][v] = S::zero();
+    UNROLL for (int m = 0; m < MR; ++m)
+      UNROLL for (int v = 0; v < V; ++v) acc[m][v] = S::zero();
     for (int64_t word = begin; word < end; ++word) {
       const uint8_t* w = panels + word * 64;
-#pragma GCC unroll 8
-      for (int i = 0; i < kPerWord; ++i) {
+      UNROLL for (int i = 0; i < kPerWord; ++i) {
         F weights[V];
-        for (int v = 0; v < V; ++v) {
+        UNROLL for (int v = 0; v < V; ++v) {
           const int byte = v * S::kLanes * 4;
           const I raw = S::load_bytes(w + byte / 64 * plan.words * 64 + byte % 64);
           weights[v] = S::template decode<kFormat>(raw, i, levels);
@@ -194,19 +196,19 @@ void float_tile(const PackedTile<S>& tile, int panel, const Plan& plan, const Ro
             weights[v] = S::subtract(
                 weights[v], S::to_float(S::load_ints(tile.zeros + column + v * S::kLanes)));
         }
-        for (int m = 0; m < MR; ++m) {
+        UNROLL for (int m = 0; m < MR; ++m) {
           const F xs = S::broadcast(x[m * plan.stride + word * kPerWord + i]);
-          for (int v = 0; v < V; ++v) acc[m][v] = S::fma(weights[v], xs, acc[m][v]);
+          UNROLL for (int v = 0; v < V; ++v) acc[m][v] = S::fma(weights[v], xs, acc[m][v]);
         }
       }
     }
-    for (int v = 0; v < V; ++v) {
+    UNROLL for (int v = 0; v < V; ++v) {
       const F scale = S::load_floats(tile.scales + column + v * S::kLanes);
-      for (int m = 0; m < MR; ++m) sum[m][v] = S::fma(acc[m][v], scale, sum[m][v]);
+      UNROLL for (int m = 0; m < MR; ++m) sum[m][v] = S::fma(acc[m][v], scale, sum[m][v]);
     }
   }
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < V; ++v)
+  UNROLL for (int m = 0; m < MR; ++m)
+    UNROLL for (int v = 0; v < V; ++v)
       S::store_floats(y + m * kColumns + panel * kPanel + v * S::kLanes, sum[m][v]);
 }
 
