@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from llmos_fast import ops
-from llmos_fast.dispatch import Refusal, explain
+from llmos_fast.dispatch import FOLDERS, Refusal, explain
 from llmos_fast.quantize import quantize
 from llmos_fast.version import __version__
 
@@ -101,15 +101,18 @@ def report() -> Group:
         facts.add_row(name, value)
     tables = [facts]
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        table = Table("op", "runs on", "the others", title=f"a float32 call on {device}")
-        for op, answers in _sample_calls(device).items():
-            refusals = answers()
-            chosen = next(r.implementation for r in refusals if r.reason is None)
-            others = [
-                f"{r.implementation}: {r.reason or 'could run, comes later in the order'}"
-                for r in refusals
-                if r.implementation != chosen
-            ]
-            table.add_row(op, chosen, "\n".join(others))
+        table = Table("op", *FOLDERS, title=f"a float32 call on {device}")
+        for op, refusals in _sample_calls(device).items():
+            table.add_row(op, *_row(refusals()))
         tables.append(table)
     return Group(*tables)
+
+
+def _row(refusals: list[Refusal]) -> list[str]:
+    """What each implementation answers: "runs", why not, or that something before it runs."""
+    cells = dict.fromkeys(FOLDERS, "not written")
+    free = True
+    for implementation, reason in refusals:
+        cells[implementation] = reason or ("runs" if free else "would run")
+        free = free and reason is not None
+    return list(cells.values())
