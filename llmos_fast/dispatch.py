@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
+
 _FOLDERS = {"triton": "kernels", "native": "native", "reference": "reference"}
 _REGISTRY: dict[str, tuple[Implementation, ...]] = {}
 _forced: str | None = os.environ.get("LLMOS_FAST_IMPL") or None
@@ -75,17 +77,26 @@ def select(op: str, impl: str, **call: Any) -> Any:
         for candidate in candidates:
             module = candidate.module
             if module is not None and module.unsupported(**call) is None:
-                return module.forward(**call)
+                return _forward(module, call)
         raise AssertionError(f"{op}: the reference refused a valid call")
     for candidate in candidates:
         if candidate.name == name:
             reason = _refusal(candidate, call)
             if reason is None:
                 assert candidate.module is not None
-                return candidate.module.forward(**call)
+                return _forward(candidate.module, call)
             raise ValueError(f"{op}(impl={name!r}): {name} {reason}")
     known = ", ".join(candidate.name for candidate in candidates)
     raise ValueError(f"{op}(impl={name!r}): no such implementation; this op has: {known}")
+
+
+def _forward(module: ModuleType, call: dict[str, Any]) -> Any:
+    # the op has cast its arguments: autocast must not cast again what is computed on the way
+    device = next(v.device.type for v in call.values() if isinstance(v, torch.Tensor))
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return module.forward(**call)
+    return module.forward(**call)
 
 
 def _refusal(candidate: Implementation, call: dict[str, Any]) -> str | None:

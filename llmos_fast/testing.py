@@ -3,15 +3,15 @@
 The error budget compares with a float64 truth: an implementation may err twice as much as plain
 PyTorch in the same dtype does, plus the rounding that any summation order may add,
 
-    |out - truth| <= 2 max|eager - truth| + sqrt(K) eps(accumulator) max|truth| + eps(output) max|truth|
+    |out - truth| <= 2 max|eager - truth| + sqrt(K) eps(accumulator) max|truth| + eps(16) max|truth|
 
 where K is the length of the longest reduction, the accumulator is fp32 (fp64 for fp64), and the
-last term counts only for 16-bit outputs.
+last term counts where an input or the output is 16 bits wide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,13 +20,22 @@ from torch import Tensor
 
 from llmos_fast import dispatch
 
-Tensors = Sequence[Tensor | None]
+Tensors = Mapping[str, Tensor | None]
 
 
 def assert_close_to_truth(
-    out: Tensor, eager: Tensor, truth: Tensor, *, reduction: int, name: str = "out"
+    out: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    *,
+    reduction: int,
+    dtype: torch.dtype | None = None,
+    name: str = "out",
 ) -> None:
-    """Raise AssertionError where ``out`` leaves the error budget; all three have one shape."""
+    """Raise AssertionError where ``out`` leaves the error budget; all three have one shape.
+
+    ``dtype`` is that of the narrowest input, by default that of ``out``.
+    """
     assert out.shape == truth.shape, f"{name}: shape {tuple(out.shape)}, not {tuple(truth.shape)}"
     if out.numel() == 0:
         return
@@ -38,73 +47,97 @@ def assert_close_to_truth(
     scale = truth.abs().masked_fill(torch.isinf(truth), 0.0).max().item()
     accumulator = torch.float64 if out.dtype == torch.float64 else torch.float32
     budget = 2 * eager_error + reduction**0.5 * torch.finfo(accumulator).eps * scale
-    if out.dtype in (torch.bfloat16, torch.float16):
-        budget += torch.finfo(out.dtype).eps * scale
+    dtype = dtype or out.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        budget += torch.finfo(dtype).eps * scale
     assert error <= budget, f"{name}: error {error:.3g} is over the budget {budget:.3g}"
 
 
-def _leaves(inputs: Tensors, dtype: torch.dtype | None) -> list[Tensor | None]:
-    """Detached copies; floating-point ones in ``dtype`` and with gradients switched on as given."""
-    copies: list[Tensor | None] = []
-    for tensor in inputs:
+def _leaves(tensors: Tensors, dtype: torch.dtype | None) -> dict[str, Tensor | None]:
+    """Detached copies with the same strides; floating-point ones in ``dtype`` where it is given."""
+    copies: dict[str, Tensor | None] = {}
+    for name, tensor in tensors.items():
         if tensor is None:
-            copies.append(None)
+            copies[name] = None
             continue
-        copy = tensor.detach()
+        copy = tensor.detach().clone()
         if dtype is not None and copy.is_floating_point():
             copy = copy.to(dtype)
-        # clone() keeps strides, so an op sees the layout that the test chose
-        copies.append(copy.clone().requires_grad_(tensor.requires_grad))
+        copies[name] = copy.requires_grad_(tensor.requires_grad)
     return copies
 
 
 def outputs_and_gradients(
-    function: Callable[..., Any], inputs: Tensors, kwargs: dict[str, Any], seed: int = 0
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Outputs of ``function(*inputs, **kwargs)`` and gradients of a fixed random combination."""
+    function: Callable[..., Any], tensors: Tensors, options: Mapping[str, Any], seed: int = 0
+) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    """Outputs of ``function(**tensors, **options)``, and gradients of a fixed random combination.
+
+    Gradients are those of the tensors that require them, by name.
+    """
     torch.manual_seed(seed)
-    result = function(*inputs, **kwargs)
-    outputs = [o for o in (result if isinstance(result, tuple) else (result,)) if o is not None]
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    result = function(**tensors, **options)
+    outputs = list(result) if isinstance(result, tuple) else [result]
+    wanted = {n: t for n, t in tensors.items() if t is not None and t.requires_grad}
     if not wanted:
-        return outputs, []
+        return outputs, {}
     generator = torch.Generator().manual_seed(seed + 1)
-    differentiable = [o for o in outputs if o.requires_grad]
-    directions = [
-        torch.randn(o.shape, generator=generator).to(o.dtype).to(o.device) for o in differentiable
-    ]
-    gradients = torch.autograd.grad(differentiable, wanted, directions, allow_unused=True)
-    return [o.detach() for o in outputs], list(gradients)
+    # one direction per output, drawn whether it is differentiable or not
+    directions = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    pairs = [(o, d) for o, d in zip(outputs, directions, strict=True) if o.requires_grad]
+    gradients = torch.autograd.grad(
+        [o for o, _ in pairs], list(wanted.values()), [d for _, d in pairs], allow_unused=True
+    )
+    return [o.detach() for o in outputs], dict(zip(wanted, gradients, strict=True))
 
 
 def assert_within_budget(
     op: Callable[..., Any],
     reference: Callable[..., Any],
-    inputs: Tensors,
-    kwargs: dict[str, Any] | None = None,
+    tensors: Tensors,
+    options: Mapping[str, Any] | None = None,
     *,
     impl: str,
     reduction: int,
 ) -> None:
     """Compare ``op(impl=impl)`` with the float64 reference: outputs, and gradients where asked.
 
-    Gradients are checked for the inputs that require them. Dropout draws the same bits in all
+    Gradients are checked for the tensors that require them. Dropout draws the same bits in all
     three runs, because each starts from the same seed.
+
+    Args:
+        op: one of llmos_fast.ops.
+        reference: the same of llmos_fast.reference.
+        tensors: arguments that are tensors, by name.
+        options: the other arguments, by name.
+        impl: implementation under test.
+        reduction: length of the longest sum that any result is made of.
     """
-    kwargs = kwargs or {}
-    truth = outputs_and_gradients(reference, _leaves(inputs, torch.float64), kwargs)
+    options = options or {}
+    floating = [t.dtype for t in tensors.values() if t is not None and t.is_floating_point()]
+    dtype = min(floating, key=lambda d: torch.finfo(d).bits)
+    truth = outputs_and_gradients(reference, _leaves(tensors, torch.float64), options)
     with native_precision():
-        eager = outputs_and_gradients(reference, _leaves(inputs, None), kwargs)
-    ours = outputs_and_gradients(op, _leaves(inputs, None), {**kwargs, "impl": impl})
+        eager = outputs_and_gradients(reference, _leaves(tensors, None), options)
+    ours = outputs_and_gradients(op, _leaves(tensors, None), {**options, "impl": impl})
     for index, (out, low, true) in enumerate(zip(ours[0], eager[0], truth[0], strict=True)):
-        assert_close_to_truth(out, low, true, reduction=reduction, name=f"output {index}")
-    for index, (out, low, true) in enumerate(zip(ours[1], eager[1], truth[1], strict=True)):
-        if true is None:
-            assert out is None or not out.any(), f"gradient {index}: should be absent or zero"
-        else:
-            assert out is not None, f"gradient {index} is missing"
-            assert low is not None
-            assert_close_to_truth(out, low, true, reduction=reduction, name=f"gradient {index}")
+        assert_close_to_truth(
+            out, low, true, reduction=reduction, dtype=dtype, name=f"output {index}"
+        )
+    for name, true_gradient in truth[1].items():
+        gradient, low_gradient = ours[1][name], eager[1][name]
+        if true_gradient is None:
+            assert gradient is None or not gradient.any(), f"gradient of {name}: should be zero"
+            continue
+        assert gradient is not None, f"gradient of {name} is missing"
+        assert low_gradient is not None, f"gradient of {name} is missing in eager"
+        assert_close_to_truth(
+            gradient,
+            low_gradient,
+            true_gradient,
+            reduction=reduction,
+            dtype=dtype,
+            name=f"gradient of {name}",
+        )
 
 
 @contextmanager

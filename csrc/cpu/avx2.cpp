@@ -1,3 +1,4 @@
+#include <immintrin.h>
 #include <omp.h>
 
 #include "cpu/dispatch.h"
@@ -11,6 +12,17 @@ namespace avx2 {
 
 // 12 registers of sums, 2 of b and the broadcast element in 16.
 constexpr int kTileRows = 6, kTileVectors = 1;
+
+#include "cpu/vector.inl"
+
+LLMOS_INLINE L multiply_even(U a, U b) {
+  union {
+    U lanes;
+    __m256i half[2];
+  } x = {a}, y = {b}, product;
+  for (int i = 0; i < 2; ++i) product.half[i] = _mm256_mul_epu32(x.half[i], y.half[i]);
+  return (L)product.lanes;
+}
 
 #include "cpu/kernels.inl"
 

@@ -1,3 +1,4 @@
+#include <immintrin.h>
 #include <omp.h>
 
 #include "cpu/dispatch.h"
@@ -11,6 +12,10 @@ namespace avx512 {
 
 // 24 sums, 2 vectors of b and the broadcast element in 32 registers.
 constexpr int kTileRows = 12, kTileVectors = 2;
+
+#include "cpu/vector.inl"
+
+LLMOS_INLINE L multiply_even(U a, U b) { return (L)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
 
 #include "cpu/kernels.inl"
 

@@ -35,7 +35,8 @@ static void cross_entropy_rows(const CrossEntropy& call) {
         if (call.gradient && !(call.softcap > 0)) store(values + i, weight);
       }
       const float total = sum(totals), lse = top + __builtin_logf(total);
-      call.loss[row] = lse - (1.0f - smoothing) * chosen - smoothing * mean + call.z_loss * lse * lse;
+      // in this order nothing cancels but what must
+      call.loss[row] = (lse - chosen) + smoothing * (chosen - mean) + call.z_loss * lse * lse;
       if (!call.gradient) continue;
       const float scale = call.row_scale[row];
       const float by_probability = scale * (1.0f + 2.0f * call.z_loss * lse) / total;

@@ -11,6 +11,10 @@ namespace generic {
 // 8 registers of sums, 4 of b and the broadcast element in 16.
 constexpr int kTileRows = 2, kTileVectors = 1;
 
+#include "cpu/vector.inl"
+
+LLMOS_INLINE L multiply_even(U a, U b) { return ((L)a & 0xffffffffull) * ((L)b & 0xffffffffull); }
+
 #include "cpu/kernels.inl"
 
 }  // namespace generic

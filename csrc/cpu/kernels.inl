@@ -1,6 +1,5 @@
 // All kernels, in the order in which they build on one another. Included once per instruction set,
-// inside its target region and namespace.
-#include "cpu/vector.inl"
+// inside its target region and namespace, after vector.inl.
 #include "cpu/philox.inl"
 #include "cpu/tile.inl"
 #include "cpu/add_norm.inl"

@@ -129,7 +129,7 @@ def _reduced_cpu(
 ) -> tuple[Tensor, ...]:
     scale = row_scale if differentiated else None
     losses, *gradients = _in_blocks(hidden, weight, target, bias, scale, *options)
-    return (losses @ row_scale, *gradients)
+    return ((losses * row_scale).sum(), *gradients)
 
 
 def _reduced_fake(

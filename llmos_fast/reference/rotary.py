@@ -14,8 +14,8 @@ def forward(
     *, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     """See llmos_fast.ops.rotary."""
-    # [batch or 1, 1, seq, rotary_dim / 2]
-    cos, sin = (t.reshape(-1, 1, *t.shape[-2:]) for t in (cos, sin))
+    # [batch, 1, seq, rotary_dim / 2], or [seq, rotary_dim / 2]
+    cos, sin = (t.unsqueeze(-3) if t.dim() == 3 else t for t in (cos, sin))
     return _rotate(query, cos, sin, interleaved), _rotate(key, cos, sin, interleaved)
 
 

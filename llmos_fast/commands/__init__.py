@@ -1,0 +1,1 @@
+"""The commands of ``llmos-fast``, one per file."""

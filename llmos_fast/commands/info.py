@@ -1,0 +1,12 @@
+"""``llmos-fast info``."""
+
+from __future__ import annotations
+
+from llmos_fast.commands.terminal import console
+
+
+def info() -> None:
+    """Say which implementations run on this machine, and why the others do not."""
+    from llmos_fast.info import report  # type: ignore[import-not-found]
+
+    console().print(report(), markup=False)

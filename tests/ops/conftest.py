@@ -1,0 +1,21 @@
+"""Fixtures of the op tests: dtypes, and the instruction sets that this CPU has."""
+
+import pytest
+import torch
+
+from llmos_fast import _C
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=["avx512", "avx2", "generic"])
+def cpu_set(request):
+    """Force one instruction set of the CPU kernels."""
+    if request.param not in _C.cpu_sets():
+        pytest.skip(f"this CPU has no {request.param}")
+    _C.force_cpu(request.param)
+    yield request.param
+    _C.force_cpu("")

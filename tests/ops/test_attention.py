@@ -1,0 +1,248 @@
+"""Attention against its definition, feature by feature and in pairs, and what must never happen."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmos_fast import explain, ops, reference
+from llmos_fast.testing import assert_within_budget, outputs_and_gradients, random
+
+SHAPES = [  # batch, heads_q, heads_kv, seq_q, seq_k, head_dim, head_dim_v
+    (1, 1, 1, 1, 1, 1, 1),
+    (2, 8, 2, 63, 63, 16, 16),
+    (1, 4, 4, 7, 253, 20, 36),
+    (2, 2, 1, 100, 300, 64, 64),
+    (1, 2, 2, 5, 3, 8, 8),
+]
+
+FEATURES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "bottom_right": {"causal": "bottom_right"},
+    "window": {"window": (5, 2)},
+    "mask": {"mask": True},
+    "bias": {"bias": True},
+    "row_bias": {"bias": "row"},
+    "alibi": {"alibi_slopes": True},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": True},
+    "dropout": {"dropout_p": 0.3},
+    "lengths": {"key_lengths": True},
+    "scale": {"scale": 0.7},
+}
+
+
+def make_call(shape, features, dtype, requires_grad=True):
+    """(tensors, options) for ops.attention; True stands for a tensor that fits the shape."""
+    batch, heads_q, heads_kv, seq_q, seq_k, head_dim, head_dim_v = shape
+    grad = {"dtype": dtype, "requires_grad": requires_grad}
+    tensors = {
+        "query": random(batch, heads_q, seq_q, head_dim, **grad),
+        "key": random(batch, heads_kv, seq_k, head_dim, **grad),
+        "value": random(batch, heads_kv, seq_k, head_dim_v, **grad),
+    }
+    options = {"return_lse": True}
+    for name, value in features.items():
+        if name == "mask":
+            tensors["mask"] = torch.rand(batch, 1, seq_q, seq_k) > 0.4
+        elif name == "bias":
+            sizes = (seq_k,) if value == "row" else (1, heads_q, seq_q, seq_k)
+            tensors["bias"] = random(*sizes, **grad)
+        elif name == "sinks":
+            tensors["sinks"] = random(heads_q, **grad)
+        elif name == "alibi_slopes":
+            tensors["alibi_slopes"] = torch.rand(heads_q)
+        elif name == "key_lengths":
+            tensors["key_lengths"] = torch.arange(batch) * (seq_k // 2)
+        else:
+            options[name] = value
+    return tensors, options
+
+
+def check(shape, features, dtype, impl="native"):
+    tensors, options = make_call(shape, features, dtype)
+    # the gradient of a broadcast bias sums over everything
+    reduction = shape[0] * shape[1] * shape[3] * shape[4] if "bias" in features else max(shape)
+    assert_within_budget(
+        ops.attention, reference.attention, tensors, options, impl=impl, reduction=reduction
+    )
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_feature(shape, feature, dtype):
+    check(shape, FEATURES[feature], dtype)
+
+
+@pytest.mark.parametrize("feature", ["dropout", "softcap", "row_bias", "bottom_right"])
+def test_every_instruction_set(cpu_set, feature, dtype):
+    check((2, 4, 2, 50, 270, 40, 24), FEATURES[feature], dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(
+        st.integers(1, 2),
+        st.just(4),
+        st.sampled_from([1, 2, 4]),
+        st.integers(1, 70),
+        st.integers(1, 300),
+        st.integers(1, 40),
+        st.integers(1, 40),
+    ),
+    names=st.sets(st.sampled_from(sorted(FEATURES)), max_size=5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_features_combine(shape, names, dtype):
+    features = {k: v for name in sorted(names) for k, v in FEATURES[name].items()}
+    check(shape, features, dtype)
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_agrees_with_sdpa(impl, causal):
+    query, key, value = (random(2, 3, 65, 32) for _ in range(3))
+    ours = ops.attention(query, key, value, causal=causal, impl=impl)
+    torch.testing.assert_close(
+        ours, F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+    )
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_rows_without_a_key_give_zero_and_no_gradient(impl, dtype):
+    tensors, _ = make_call((2, 2, 2, 6, 9, 8, 8), {"sinks": True}, dtype)
+    mask = torch.ones(2, 1, 6, 9, dtype=torch.bool)
+    mask[0, :, 2] = False
+    mask[1] = False
+    options = {"mask": mask, "dropout_p": 0.5, "return_lse": True, "impl": impl}
+    out, lse = ops.attention(**tensors, **options)
+    assert not out[0, :, 2].any()
+    assert not out[1].any()
+    assert (lse[1] == -torch.inf).all()
+    _, gradients = outputs_and_gradients(ops.attention, tensors, options)
+    for name in ("query", "key", "value"):
+        assert torch.isfinite(gradients[name]).all()
+        assert not gradients[name][1].any()
+    assert not gradients["query"][0, :, 2].any()
+
+
+def test_later_keys_do_not_reach_earlier_rows():
+    query, key, value = (random(1, 2, 70, 16) for _ in range(3))
+    before = ops.attention(query, key, value, causal=True, impl="native")
+    key[:, :, 40:], value[:, :, 40:] = 1e4, -1e4
+    after = ops.attention(query, key, value, causal=True, impl="native")
+    assert torch.equal(after[:, :, :40], before[:, :, :40])
+
+
+def test_any_strides():
+    packed = random(2, 50, 3, 4, 16)  # batch, seq, (q, k, v), heads, head_dim
+    query, key, value = packed.permute(2, 0, 3, 1, 4)
+    odd = random(2, 4, 16, 50).transpose(2, 3)  # head_dim is not the fastest dimension
+    mask = torch.rand(50, 2).gt(0.5).t()[:, None, None, :]
+    for q in (query, odd):
+        ours = ops.attention(q, key, value, mask=mask, impl="native")
+        dense = (t.contiguous() for t in (q, key, value))
+        assert torch.equal(ours, ops.attention(*dense, mask=mask.contiguous(), impl="native"))
+
+
+@pytest.mark.parametrize("seq_q, seq_k", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_empty(impl, seq_q, seq_k):
+    tensors, options = make_call((2, 2, 1, seq_q, seq_k, 8, 4), {}, torch.float32)
+    (out, lse), gradients = outputs_and_gradients(ops.attention, tensors, options | {"impl": impl})
+    assert out.shape == (2, 2, seq_q, 4)
+    assert not out.any()
+    assert lse.shape == (2, 2, seq_q)
+    assert all(not g.any() for g in gradients.values())
+
+
+@pytest.mark.parametrize("causal", [False, True, "bottom_right"])
+def test_packed_sequences_equal_separate_ones(causal, dtype):
+    lengths_q, lengths_k = [5, 1, 0, 60], [9, 1, 3, 60]
+    cu_q, cu_k = (
+        torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32)
+        for n in (lengths_q, lengths_k)
+    )
+    tensors = {
+        "query": random(66, 4, 16, dtype=dtype, requires_grad=True),
+        "key": random(73, 2, 16, dtype=dtype, requires_grad=True),
+        "value": random(73, 2, 24, dtype=dtype, requires_grad=True),
+    }
+    options = {"cu_seqlens": (cu_q, cu_k, 60, 60), "causal": causal, "window": (20, -1)}
+    (ours,), gradients = outputs_and_gradients(ops.attention, tensors, options | {"impl": "native"})
+    assert ours.shape == (66, 4, 24)
+    parts = []
+    for b in range(4):
+        q = tensors["query"][cu_q[b] : cu_q[b + 1]].transpose(0, 1).unsqueeze(0)
+        k, v = (tensors[n][cu_k[b] : cu_k[b + 1]].transpose(0, 1).unsqueeze(0) for n in ("key", "value"))
+        part = ops.attention(q, k, v, causal=causal, window=(20, -1), impl="native")
+        parts.append(part.squeeze(0).transpose(0, 1))
+    assert torch.equal(ours, torch.cat(parts))
+    assert_within_budget(
+        ops.attention,
+        reference.attention,
+        tensors,
+        options | {"dropout_p": 0.2, "return_lse": True},
+        impl="native",
+        reduction=66,
+    )
+    assert gradients["key"].isfinite().all()
+
+
+def test_dropout_keeps_the_expectation():
+    ones = torch.ones(1, 1, 400, 64)
+    out = ops.attention(ones, ones, ones, dropout_p=0.25, impl="native")
+    # mean of 400 x 400 Bernoulli draws, each 4/3 or 0: its deviation is 0.0015
+    assert abs(out.mean().item() - 1.0) < 5 * 0.0015
+    assert not ops.attention(ones, ones, ones, dropout_p=1.0, impl="native").any()
+
+
+BAD = [
+    ({"query": random(2, 3, 4)}, "query must have 4 dimensions, got \\(2, 3, 4\\)"),
+    ({"key": random(1, 2, 9, 9)}, "key must have shape"),
+    ({"value": random(1, 2, 8, 8)}, "value must have shape"),
+    ({"value": random(1, 2, 9, 8, dtype=torch.bfloat16)}, "value must have the dtype of query"),
+    ({"query": random(1, 3, 5, 8)}, "heads of query must be a multiple"),
+    ({"query": torch.ones(1, 2, 5, 8, dtype=torch.int64)}, "query must be floating point"),
+    ({"mask": torch.ones(5, 9)}, "mask must be bool"),
+    ({"mask": torch.ones(5, 8, dtype=torch.bool)}, "mask must broadcast"),
+    ({"bias": random(2, 2, 5, 9)}, "bias must broadcast"),
+    ({"causal": "upper"}, "causal must be"),
+    ({"window": (-2, 0)}, "window must have sides"),
+    ({"dropout_p": 1.5}, "dropout_p must be in \\[0, 1\\], got 1.5"),
+    ({"softcap": -1.0}, "softcap must be at least 0"),
+    ({"sinks": random(3)}, "sinks must have shape"),
+    ({"alibi_slopes": random(3)}, "alibi_slopes must have shape"),
+    ({"key_lengths": torch.tensor([3.0])}, "key_lengths must be int32 or int64"),
+    ({"key_lengths": torch.tensor([3, 4])}, "key_lengths must have shape"),
+    ({"impl": "cuda"}, "no such implementation"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input(change, message):
+    call = {
+        "query": random(1, 2, 5, 8),
+        "key": random(1, 2, 9, 8),
+        "value": random(1, 2, 9, 8),
+    }
+    with pytest.raises(ValueError, match=f"attention.*{message}"):
+        ops.attention(**(call | change))
+
+
+@pytest.mark.parametrize("cu", [[0, 3, 9], [1, 4, 5], [0, 4, 3], [0, 6]])
+def test_bad_packed_lengths_never_reach_memory(cu):
+    x = random(5, 2, 8)
+    lengths = torch.tensor(cu, dtype=torch.int32)
+    good = torch.tensor([0] * (len(cu) - 1) + [5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="attention: cu_seqlens_q must rise from 0 to at most 5"):
+        ops.attention(x, x, x, cu_seqlens=(lengths, good, 5, 5), impl="native")
+
+
+def test_forced_implementation_says_why_not():
+    x = random(1, 1, 2, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="native needs float32 or bfloat16, got torch.float64"):
+        ops.attention(x, x, x, impl="native")
+    assert explain(ops.attention, x, x, x)[-1] == ("reference", None)

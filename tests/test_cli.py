@@ -1,0 +1,311 @@
+"""The command line: what works, and the one line that says what does not."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+import llmos_fast
+from llmos_fast.cli import main
+from llmos_fast.commands import quickstart
+from llmos_fast.training import ModelSettings, Trainer, read_log, resume
+
+COMMANDS = ["quickstart", "train", "evaluate", "generate", "quantize", "info"]
+SMALL = (
+    *("--emsize", "8", "--nhid", "8", "--nlayers", "1", "--epochs", "2"),
+    *("--batch-size", "4", "--bptt", "5", "--device", "cpu"),
+)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line: (exit status, standard output, standard error)."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        return (stop.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the red cat saw the green dog\nthe dog ran and the cat ran\n" * 20)
+    return path
+
+
+@pytest.fixture
+def trained(run, text, tmp_path):
+    """A finished run."""
+    status, _, error = run("train", text, "--output", tmp_path / "run", *SMALL)
+    assert (status, error) == (0, "")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def halving(monkeypatch):
+    """A stand-in for ``llmos_fast.quantize_`` that stores the projection in 16 bits."""
+
+    class Half(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.register_buffer("qweight", linear.weight.detach().half())
+            self.register_buffer("bias", linear.bias.detach())
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.qweight.float(), self.bias)
+
+    def quantize_(model, scheme, group_size):
+        if scheme not in ("int8", "int4"):
+            raise ValueError(f"quantize_: scheme must be int8 or int4, got {scheme!r}")
+        model.decoder = Half(model.decoder)
+
+    monkeypatch.setattr(llmos_fast, "quantize_", quantize_, raising=False)
+
+
+def assert_one_line(result, message, status=1):
+    assert result[0] == status
+    assert message in result[2]
+    assert result[2].count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(run, command):
+    status, out, _ = run(command, "--help")
+    assert status == 0
+    assert "Usage:" in out
+
+
+def test_help_lists_every_command(run):
+    _, out, _ = run("--help")
+    assert all(command in out for command in COMMANDS)
+
+
+def test_train_evaluate_generate(run, trained):
+    assert len(read_log(trained / "log.csv")) == 2
+    status, out, _ = run("evaluate", trained, "--split", "test", "--batch-size", 1)
+    assert status == 0
+    assert "perplexity" in out
+    generate = ("generate", trained, "--prompt", "The cat", "--length", 8, "--seed", 3)
+    status, out, _ = run(*generate)
+    assert status == 0
+    assert out.startswith("the cat")
+    assert "<unk>" not in out
+    assert run(*generate)[1] == out
+
+
+def test_plain_output_where_there_is_no_terminal(run, text, tmp_path):
+    _, out, _ = run("train", text, "--output", tmp_path / "run", *SMALL, "--log-every", 5)
+    assert "\x1b" not in out
+    assert "step 5/" in out
+    assert "tokens/s" in out
+    assert "left" in out
+
+
+@pytest.mark.parametrize("tokenizer", ["whitespace", "bpe"])
+def test_tokenizers(run, text, tmp_path, tokenizer):
+    options = ("--tokenizer", tokenizer, "--vocabulary-size", 300, *SMALL)
+    assert run("train", text, "--output", tmp_path / "run", *options)[0] == 0
+    assert run("generate", tmp_path / "run", "--prompt", "the cat")[1].startswith("the cat")
+
+
+def test_resume_is_exact(run, text, tmp_path):
+    options = (*SMALL, "--log-every", 1)
+    run("train", text, "--output", tmp_path / "whole", *options)
+    run("train", text, "--output", tmp_path / "parts", *options, "--max-steps", 5)
+    status, out, _ = run(
+        "train", "--resume", tmp_path / "parts", "--max-steps", 0, "--log-every", 1
+    )
+    assert status == 0
+    assert "after step 5" in out
+
+    def losses(name):
+        return {r.step: r.loss for r in read_log(tmp_path / name / "log.csv")}
+
+    assert losses("parts") == losses("whole")
+    weights = [(tmp_path / n / "checkpoint/model.safetensors") for n in ("whole", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_quantize(run, trained, halving):
+    status, out, _ = run("quantize", trained, "--scheme", "int4", "--group-size", 32)
+    assert status == 0
+    assert "MB" in out
+    quantized = trained / "checkpoint-int4"
+    config = json.loads((quantized / "config.json").read_text())
+    assert config["quantization"] == {"scheme": "int4", "group_size": 32}
+    assert run("evaluate", quantized, "--batch-size", 2)[0] == 0
+    assert run("generate", quantized, "--prompt", "the cat")[0] == 0
+    assert_one_line(run("quantize", quantized), "is quantized already, to int4")
+    assert_one_line(run("quantize", trained, "--scheme", "int3"), "got 'int3'")
+
+
+def test_info(run, monkeypatch):
+    module = ModuleType("llmos_fast.info")
+    module.report = lambda: "attention: reference"
+    monkeypatch.setitem(sys.modules, "llmos_fast.info", module)
+    assert run("info")[:2] == (0, "attention: reference\n")
+
+
+def test_quickstart(run, tmp_path, halving, monkeypatch):
+    monkeypatch.setattr(quickstart, "_MODEL", ModelSettings(8, 2, 8, 1, 0.1))
+    monkeypatch.setattr(quickstart, "_MIN_COUNT", 1000)
+    monkeypatch.setattr(quickstart, "_TIMED_STEPS", 2)
+    options = ("--steps", 2, "--output", tmp_path / "run")
+    status, out, error = run("quickstart", *options)
+    assert (status, error) == (0, "")
+    for expected in ("validation perplexity", "int8", "int4", "the game was", "torch.nn", "Done"):
+        assert expected in out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "at least 2 lines, got 0"),
+        ("one line only\n", "at least 2 lines, got 1"),
+        ("--\n--\n", "at least one word"),
+        ("a b\nc d\n", "at least 2 for each of 4 rows, got 3"),
+    ],
+    ids=["empty", "one line", "no words", "too short"],
+)
+def test_too_little_text(run, tmp_path, content, message):
+    (tmp_path / "text.txt").write_text(content)
+    result = run("train", tmp_path / "text.txt", "--output", tmp_path / "run", *SMALL)
+    assert_one_line(result, message)
+
+
+def test_missing_text(run, tmp_path):
+    result = run("train", tmp_path / "nothing.txt", "--output", tmp_path / "run")
+    assert_one_line(result, "no such text file, folder or data set")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--lr", -1), "learning_rate must be above 0"),
+        (("--optimizer", "lion"), "optimizer must be one of"),
+        (("--tokenizer", "letters"), "kind must be one of"),
+        (("--nhead", 3), "ninp must be a multiple of nhead"),
+        (("--device", "abacus"), "--device must be cpu, cuda or cuda:N, got 'abacus'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_wrong_settings(run, text, tmp_path, options, message):
+    result = run("train", text, "--output", tmp_path / "run", *SMALL, *options)
+    assert_one_line(result, message)
+
+
+def test_wrong_command_line(run):
+    assert run("train", "--nonsense")[0] == 2
+
+
+def test_a_run_is_not_overwritten(run, text, trained):
+    assert_one_line(run("train", text, "--output", trained, *SMALL), "holds a run already")
+
+
+def test_resume_keeps_the_settings(run, trained):
+    result = run("train", "--resume", trained, "--lr", 0.1)
+    assert_one_line(result, "lr cannot be combined with --resume")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "quantize"])
+def test_missing_checkpoint(run, tmp_path, command):
+    assert_one_line(run(command, tmp_path / "nothing"), "no such checkpoint folder")
+
+
+def test_missing_checkpoint_to_resume(run, tmp_path):
+    assert_one_line(run("train", "--resume", tmp_path), "no such checkpoint folder")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "quantize"])
+def test_damaged_checkpoint(run, trained, command):
+    weights = trained / "checkpoint" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert_one_line(run(command, trained), "not a whole safetensors file")
+
+
+def test_unknown_word_policy(run, trained):
+    generate = ("generate", trained, "--prompt", "the zebra", "--length", 0)
+    assert run(*generate)[1] == "the <unk>\n"
+    assert_one_line(run(*generate, "--unknown", "raise"), "'zebra' is not one of the")
+
+
+def test_evaluate_refuses_other_splits(run, trained):
+    assert_one_line(run("evaluate", trained, "--split", "dev"), "split must be one of")
+
+
+def test_disk_full(run, text, tmp_path, monkeypatch):
+    """The second checkpoint fails: the first stays, and the message says how to go on."""
+    write, calls = resume.write_json, []
+
+    def full(path, content):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(resume, "write_json", full)
+    options = (*SMALL, "--checkpoint-every", 3)
+    result = run("train", text, "--output", tmp_path / "run", *options)
+    assert_one_line(result, "No space left on device")
+    assert f"llmos-fast train --resume {tmp_path / 'run'}" in result[1]
+    assert json.loads((tmp_path / "run/checkpoint/training.json").read_text())["steps_done"] == 3
+    assert run("train", "--resume", tmp_path / "run")[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
+def test_interrupted(run, text, tmp_path, monkeypatch, number):
+    """A signal in the middle of step 4: the step is finished and saved."""
+    whole_step = Trainer._step
+
+    def step(self, data, targets):
+        if self.steps_done == 3:
+            os.kill(os.getpid(), number)
+        return whole_step(self, data, targets)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    before = signal.getsignal(number)
+    status, out, error = run("train", text, "--output", tmp_path / "run", *SMALL)
+    assert (status, error) == (130, "")
+    assert "Interrupted after step 4." in out
+    assert f"llmos-fast train --resume {tmp_path / 'run'}" in out
+    assert json.loads((tmp_path / "run/checkpoint/training.json").read_text())["steps_done"] == 4
+    assert signal.getsignal(number) == before
+
+
+def test_interrupted_twice_keeps_the_last_good_checkpoint(run, text, tmp_path, monkeypatch):
+    whole_step = Trainer._step
+
+    def step(self, data, targets):
+        if self.steps_done == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole_step(self, data, targets)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    options = (*SMALL, "--checkpoint-every", 3)
+    status, out, _ = run("train", text, "--output", tmp_path / "run", *options)
+    assert status == 130
+    assert "--resume" in out
+    assert json.loads((tmp_path / "run/checkpoint/training.json").read_text())["steps_done"] == 3
+
+
+def test_runs_as_a_process(tmp_path):
+    """The exit status and the one line reach the shell."""
+    code = "from llmos_fast.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "generate", str(tmp_path / "nothing")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("llmos-fast: no such checkpoint folder")
