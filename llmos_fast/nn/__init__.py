@@ -1,1 +1,22 @@
-"""Placeholder."""
+"""Drop-in replacements for torch.nn's Transformer layers."""
+
+from llmos_fast.nn.accelerate import Report, accelerate, restore
+from llmos_fast.nn.attention import MultiheadAttention
+from llmos_fast.nn.cache import Cache, LayerCache
+from llmos_fast.nn.decoder import TransformerDecoder, TransformerDecoderLayer
+from llmos_fast.nn.encoder import TransformerEncoder, TransformerEncoderLayer
+from llmos_fast.nn.transformer import Transformer
+
+__all__ = [
+    "Cache",
+    "LayerCache",
+    "MultiheadAttention",
+    "Report",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "accelerate",
+    "restore",
+]
