@@ -9,11 +9,11 @@ A scheme is a format, and how activations enter the product:
 A weight W of shape (N, K), as in torch.nn.Linear, is stored as ``scale * level(code)``:
 
     format      code                         level            scale
-    int8        int8, -127..127              code             amax / 127 of a row
-    int4        nibble, 0..15                code - 8         amax / 7.5 of a group
-    int4_asym   nibble, 0..15                code - zero      (max(w, 0) - min(w, 0)) / 15 of a group
-    nf4         nibble, 0..15                NF4_LEVELS[code] amax of a group
-    fp8         byte, e4m3 (finite)          its value        amax / 448 of a row
+    int8        int8, -127..127              code             amax / 127, row
+    int4        nibble, 0..15                code - 8         amax / 7.5, group
+    int4_asym   nibble, 0..15                code - zero      (max(w, 0) - min(w, 0)) / 15, group
+    nf4         nibble, 0..15                NF4_LEVELS[code] amax, group
+    fp8         byte, e4m3 (finite)          its value        amax / 448, row
 
 A group is ``group_size`` consecutive weights of a row; the last group of a row may be short.
 ``packed`` is (N, K) int8 or uint8 for the 8-bit formats, and (N, ceil(K / 2)) uint8 for the 4-bit
@@ -109,10 +109,35 @@ class QuantizedWeight:
             self.shape,
         )
 
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Output features ``start`` to ``stop`` (exclusive) as views: rows stand alone."""
+        zero_points = None if self.zero_points is None else self.zero_points[start:stop]
+        packed, scales = self.packed[start:stop], self.scales[start:stop]
+        shape = (packed.shape[0], self.shape[1])
+        return QuantizedWeight(packed, scales, zero_points, self.scheme, self.group_size, shape)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, K) in ``dtype``: scale * level in fp32 (fp64 for fp64), rounded once."""
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         return (levels(self, compute) * _spread(self.scales.to(compute), self)).to(dtype)
+
+
+def empty(
+    shape: tuple[int, int], scheme: str, group_size: int, device: torch.device | str | None = None
+) -> QuantizedWeight:
+    """A weight whose codes and scales are all 0, to be filled from a state_dict."""
+    name = format_of(scheme)
+    n, k = shape
+    four_bit = name in FOUR_BIT
+    group = group_size if four_bit else k
+    groups = -(-k // group)
+    columns = (k + 1) // 2 if four_bit else k
+    packed_dtype = torch.int8 if name == "int8" else torch.uint8
+    packed = torch.zeros(n, columns, dtype=packed_dtype, device=device)
+    scales = torch.zeros(n, groups, device=device)
+    zeros = torch.zeros(n, groups, dtype=torch.uint8, device=device)
+    zero_points = zeros if name == "int4_asym" else None
+    return QuantizedWeight(packed, scales, zero_points, scheme, group, shape)
 
 
 def levels(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmos_fast import _C
+import llmos_fast._C as _C
 from llmos_fast.native.library import LIBRARY, differentiable, register
 from llmos_fast.quantize import FORMATS, QuantizedWeight, format_of, rounds_activations
 from llmos_fast.reference.quant_matmul import apply_activation
 
 try:
-    from llmos_fast import _CUDA
+    import llmos_fast._CUDA as _CUDA
 except ImportError:
     _CUDA = None
 
@@ -91,9 +91,7 @@ def _quant_matmul(
     activation: str,
 ) -> Tensor:
     if x.is_cuda:
-        weight = _dequantize(
-            packed, scales, zero_points, scheme, group_size, x.shape[-1], x.dtype
-        )
+        weight = _dequantize(packed, scales, zero_points, scheme, group_size, x.shape[-1], x.dtype)
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return apply_activation(y, activation or None)
     x, packed, scales = x.contiguous(), packed.contiguous(), scales.contiguous()

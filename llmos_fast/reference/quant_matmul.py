@@ -32,7 +32,11 @@ def apply_activation(y: Tensor, activation: str | None) -> Tensor:
 
 
 def quant_matmul(
-    x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None, *, activation: str | None = None
+    x: Tensor,
+    qweight: QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
 ) -> Tensor:
     """As ``llmos_fast.ops.quant_matmul``; the gradient passes through the rounding of x."""
     wide = upcast(x)
