@@ -157,14 +157,13 @@ sys.path.insert(0, sys.argv[1])
 import bench_layers, llmos_fast.nn
 library = {"torch.nn": torch.nn, "llmos_fast": llmos_fast.nn}[sys.argv[2]]
 step = bench_layers.training_step(library, tuple(json.loads(sys.argv[3])), 0.1, False)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for _ in range(3): step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
 def peak_memory(library, shape):
-    """Bytes by which three training steps raise the peak of a fresh process."""
+    """Peak bytes of a fresh process that makes three training steps."""
     arguments = [str(Path(__file__).parent), library, json.dumps(shape)]
     result = subprocess.run(
         [sys.executable, "-c", _PEAK, *arguments], capture_output=True, text=True, check=True
