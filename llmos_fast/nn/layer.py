@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmos_fast.nn import plain
 from llmos_fast.nn.attention import MultiheadAttention
 from llmos_fast.nn.cache import LayerCache
-from llmos_fast.nn.ffn import Activation, is_gated
+from llmos_fast.nn.ffn import Activation, activation_name, is_gated
 from llmos_fast.nn.masks import Given, Masks
 
 
@@ -161,6 +161,7 @@ def is_transparent(stack: nn.Module, layer_type: type[nn.Module]) -> bool:
     norm: nn.Module | None = stack.norm  # type: ignore[assignment]
     return (norm is None or plain.is_plain(norm, *plain.NORM)) and all(
         plain.is_plain(layer, layer_type)
+        and activation_name(layer.activation) is not None  # type: ignore[arg-type]
         and all(
             plain.is_plain(module, *_ROW_WISE)
             for name, module in layer.named_modules()
