@@ -184,11 +184,11 @@ def test_quantized_projections_are_called():
         def __init__(self, weight, bias):
             super().__init__()
             self.out_features, self.in_features = weight.shape
-            self.kept = torch_nn.Linear(*weight.shape[::-1], bias=bias is not None)
-            self.kept.weight, self.kept.bias = weight, bias
+            self.register_buffer("kept", weight.clone())
+            self.register_buffer("bias", None if bias is None else bias.clone())
 
         def forward(self, x):
-            return self.kept(x)
+            return torch.nn.functional.linear(x, self.kept, self.bias)
 
     model = nn.Transformer(E, H, 1, 1, FF, 0.0).eval()
     kdim = nn.MultiheadAttention(E, H, kdim=7, vdim=5)

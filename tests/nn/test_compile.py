@@ -85,6 +85,7 @@ def test_compiled_in_place():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, FF, 0.0), 2)
     x = torch.randn(5, 2, E)
     want = model(x)
-    model.layers[0].compile(backend="aot_eager", fullgraph=True)
+    graphs = []
+    model.layers[0].compile(backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
     torch.testing.assert_close(model(x), want)
-    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert len(graphs) == 1
