@@ -163,9 +163,16 @@ def is_transparent(stack: nn.Module, layer_type: type[nn.Module]) -> bool:
         plain.is_plain(layer, layer_type)
         and activation_name(layer.activation) is not None  # type: ignore[arg-type]
         and all(
-            plain.is_plain(module, *_ROW_WISE)
-            for name, module in layer.named_modules()
-            if name not in ("", "activation")
+            _is_row_wise(module)
+            for name, module in layer._modules.items()
+            if module is not None and name != "activation"
         )
         for layer in layers
+    )
+
+
+def _is_row_wise(module: nn.Module) -> bool:
+    """True for a plain module that treats every position alike, and attention."""
+    return plain.is_plain(module, *_ROW_WISE) and all(
+        _is_row_wise(part) for part in module._modules.values() if part is not None
     )

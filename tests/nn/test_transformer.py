@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn as torch_nn
 
-from llmos_fast import nn
+from llmos_fast import nn, ops
 
 E, H, FF = 16, 4, 24
 MODEL = (nn.Transformer, torch_nn.Transformer)
@@ -177,3 +177,23 @@ def test_bad_inputs():
         model(src, tgt[:, :2])
     with pytest.raises(ValueError, match="src must end with d_model = 16"):
         model(src[..., :8], tgt)
+
+
+@pytest.mark.parametrize(
+    "src_mask", [torch.zeros(9, 9).bool(), causal_mask(9)], ids=["open", "causal"]
+)
+def test_padding_that_the_decoder_cannot_see_is_skipped(copies, monkeypatch, src_mask):
+    mine, theirs = copies(*MODEL, E, H, 2, 1, FF, 0.0, norm_first=True)
+    inputs, hidden = source_and_target(False), padding([9, 2, 5], 9)
+    call = {
+        "src_mask": src_mask,
+        "src_key_padding_mask": hidden,
+        "memory_key_padding_mask": hidden,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = theirs(*inputs, **call)
+    seen, ffn = [], ops.ffn
+    monkeypatch.setattr(ops, "ffn", lambda x, *a, **k: seen.append(x.shape) or ffn(x, *a, **k))
+    torch.testing.assert_close(mine(*inputs, **call), want)
+    assert seen == [(16, E), (16, E), (3, 6, E)]
