@@ -13,7 +13,7 @@ from llmos_fast.nn import plain
 from llmos_fast.nn.cache import Cache, LayerCache, with_cached_padding
 from llmos_fast.nn.ffn import Activation, activation_function, feed_forward
 from llmos_fast.nn.layout import BATCH_FIRST, SEQ_FIRST, layout_of, seq_dim
-from llmos_fast.nn.masks import Given, Masks, is_causal_mask
+from llmos_fast.nn.masks import Given, Masks, attn_mask_kind
 from llmos_fast.nn.positions import make_positions
 
 
@@ -254,7 +254,9 @@ class TransformerDecoder(nn.TransformerDecoder):
             for layer, layer_cache in zip(self.layers, caches, strict=True):
                 x = layer.run(x, memory, own_masks, memory_masks, layout, layer_cache)
             return x
-        is_causal = own.is_causal or (own.attn_mask is not None and is_causal_mask(own.attn_mask))
+        is_causal = own.is_causal or (
+            own.attn_mask is not None and attn_mask_kind(own.attn_mask) == "causal"
+        )
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             options = {} if layer_cache is None else {"cache": layer_cache}
             x = layer(

@@ -14,7 +14,7 @@ from llmos_fast.nn import plain
 from llmos_fast.nn.cache import Cache, LayerCache, with_cached_padding
 from llmos_fast.nn.ffn import Activation, activation_function, feed_forward
 from llmos_fast.nn.layout import BATCH_FIRST, PACKED, SEQ_FIRST, layout_of, seq_dim
-from llmos_fast.nn.masks import Given, Masks, hidden_positions, inspect_padding, is_causal_mask
+from llmos_fast.nn.masks import Given, Masks, attn_mask_kind, hidden_positions, inspect_padding
 from llmos_fast.nn.packing import Packing, make_packing
 from llmos_fast.nn.positions import make_positions
 
@@ -223,7 +223,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         inner = BATCH_FIRST if layout == SEQ_FIRST and free else layout
         if inner != layout:
             x = x.transpose(0, 1).contiguous()
-        packing = make_packing(padding_mask, x) if skip_padding and free else None
+        packing = make_packing(given, x) if skip_padding and free else None
         if packing is not None:
             x = self._run_packed(x, packing, given)
         else:
@@ -248,7 +248,7 @@ class TransformerEncoder(nn.TransformerEncoder):
                 x = layer.run(x, masks, layout, layer_cache)
             return x
         mask, padding_mask, is_causal = given
-        is_causal = is_causal or (mask is not None and is_causal_mask(mask))
+        is_causal = is_causal or (mask is not None and attn_mask_kind(mask) == "causal")
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             options = {} if layer_cache is None else {"cache": layer_cache}
             x = layer(

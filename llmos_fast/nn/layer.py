@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmos_fast.nn import plain
 from llmos_fast.nn.attention import MultiheadAttention
 from llmos_fast.nn.cache import LayerCache
-from llmos_fast.nn.ffn import Activation, is_gated
+from llmos_fast.nn.ffn import Activation, activation_name, is_gated
 from llmos_fast.nn.masks import Given, Masks
 
 
@@ -161,10 +161,18 @@ def is_transparent(stack: nn.Module, layer_type: type[nn.Module]) -> bool:
     norm: nn.Module | None = stack.norm  # type: ignore[assignment]
     return (norm is None or plain.is_plain(norm, *plain.NORM)) and all(
         plain.is_plain(layer, layer_type)
+        and activation_name(layer.activation) is not None  # type: ignore[arg-type]
         and all(
-            plain.is_plain(module, *_ROW_WISE)
-            for name, module in layer.named_modules()
-            if name not in ("", "activation")
+            _is_row_wise(module)
+            for name, module in layer._modules.items()
+            if module is not None and name != "activation"
         )
         for layer in layers
+    )
+
+
+def _is_row_wise(module: nn.Module) -> bool:
+    """True for a plain module that treats every position alike, and attention."""
+    return plain.is_plain(module, *_ROW_WISE) and all(
+        _is_row_wise(part) for part in module._modules.values() if part is not None
     )

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Result = TypeVar("Result")
-_causal = WeakTensorKeyDictionary()
+_attn_masks = WeakTensorKeyDictionary()
 _paddings = WeakTensorKeyDictionary()
 
 
@@ -99,11 +99,10 @@ def resolve(
     if key_padding_mask is not None:
         expected = (seq_k,) if batch is None else (batch, seq_k)
         _check(owner, "key_padding_mask", key_padding_mask, (expected,))
-    causal: bool | str = "bottom_right" if cached else is_causal
-    if attn_mask is not None and not is_causal and not cached and is_causal_mask(attn_mask):
-        causal = True
+    kind = "open" if attn_mask is None or is_causal else attn_mask_kind(attn_mask)
+    causal: bool | str = "bottom_right" if cached else is_causal or kind == "causal"
     mask = bias = lengths = None
-    if attn_mask is not None and not is_causal and causal is not True:
+    if attn_mask is not None and kind == "other":
         view = attn_mask if attn_mask.dim() == 2 else attn_mask.view(-1, heads, seq_q, seq_k)
         mask, bias = (~view, None) if attn_mask.dtype == torch.bool else (None, view)
     if key_padding_mask is not None:
@@ -118,12 +117,16 @@ def resolve(
     return Masks(given, mask, bias, causal, lengths)
 
 
-def is_causal_mask(attn_mask: Tensor) -> bool:
-    """True where a mask hides exactly what lies after each query; False where nobody may look."""
-    square = attn_mask.dim() == 2 and attn_mask.shape[0] == attn_mask.shape[1]
-    if not square or not _can_read(attn_mask):
-        return False
-    return _once(_causal, attn_mask, _read_causal)
+def attn_mask_kind(attn_mask: Tensor) -> str:
+    """Tell masks that need no tensor.
+
+    Returns:
+        "open" for a mask that hides and adds nothing; "causal" for one that hides exactly what lies
+        after each query, [seq seq]; "other" for the rest, and where nobody may look.
+    """
+    if attn_mask.dim() != 2 or not _can_read(attn_mask):
+        return "other"
+    return _once(_attn_masks, attn_mask, _read_attn_mask)
 
 
 def inspect_padding(key_padding_mask: Tensor) -> Padding:
@@ -186,16 +189,16 @@ def _check(owner: str, argument: str, mask: Tensor, allowed: tuple[tuple[int, ..
         raise ValueError(f"{owner}: {argument} must be bool or floating point, got {mask.dtype}")
 
 
-def _read_causal(attn_mask: Tensor) -> bool:
-    if attn_mask.numel() == 0:
-        return False
+def _read_attn_mask(attn_mask: Tensor) -> str:
+    if not attn_mask.any():
+        return "open"
     hidden_value = True if attn_mask.dtype == torch.bool else -torch.inf
-    seq = attn_mask.shape[0]
+    seq_q, seq_k = attn_mask.shape
     # most masks that are not causal are told by one element
-    if seq > 1 and attn_mask[0, -1].item() != hidden_value:
-        return False
+    if seq_q != seq_k or attn_mask[0, -1].item() != hidden_value:
+        return "other"
     expected = torch.full_like(attn_mask, hidden_value).triu_(1)
-    return torch.equal(attn_mask, expected)
+    return "causal" if torch.equal(attn_mask, expected) else "other"
 
 
 def _read_padding(key_padding_mask: Tensor) -> Padding:

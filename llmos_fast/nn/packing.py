@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmos_fast.nn.masks import Given, Masks, Packed, Padding, inspect_padding
+from llmos_fast.nn.masks import Given, Masks, Packed, Padding, attn_mask_kind, inspect_padding
 
 # Packing copies the activations twice; below this share of padding that costs more than it saves.
 WORTHWHILE = 0.1
@@ -18,11 +18,13 @@ class Packing:
     Args:
         padding: of kind "prefix".
         shape: (batch, seq) of the padded activations.
+        causal: hide what lies after each query.
     """
 
-    def __init__(self, padding: Padding, shape: tuple[int, int]):
+    def __init__(self, padding: Padding, shape: tuple[int, int], causal: bool):
         assert padding.lengths is not None
         self.shape = shape
+        self.causal = causal
         lengths = padding.lengths
         # repeat_interleave with a known size does not wait for the device
         total = sum(padding.counts)
@@ -37,7 +39,7 @@ class Packing:
 
     def masks(self, given: Given) -> Masks:
         """What attention is told: packed sequences need no padding mask."""
-        return Masks(given, causal=given.is_causal, packed=self._packed)
+        return Masks(given, causal=self.causal, packed=self._packed)
 
     def pack(self, x: Tensor) -> Tensor:
         """Float[batch seq features] -> Float[total features]."""
@@ -50,13 +52,15 @@ class Packing:
         return padded.index_copy(0, self._index, x).view(batch, seq, x.shape[-1])
 
 
-def make_packing(key_padding_mask: Tensor | None, x: Tensor) -> Packing | None:
-    """A packing for ``x``, Float[batch seq features]; None where the mask does not reward it."""
-    if key_padding_mask is None:
+def make_packing(given: Given, x: Tensor) -> Packing | None:
+    """A packing for ``x``, Float[batch seq features]; None where the masks forbid it or it loses."""
+    attn_mask, key_padding_mask, is_causal = given
+    kind = "open" if attn_mask is None or is_causal else attn_mask_kind(attn_mask)
+    if key_padding_mask is None or kind == "other":
         return None
     padding = inspect_padding(key_padding_mask)
     batch, seq = x.shape[:2]
     total = sum(padding.counts)
     if padding.kind != "prefix" or not 0 < total <= (1 - WORTHWHILE) * batch * seq:
         return None
-    return Packing(padding, (batch, seq))
+    return Packing(padding, (batch, seq), is_causal or kind == "causal")

@@ -148,10 +148,8 @@ class Transformer(nn.Transformer):
         self._check_inputs(src, tgt)
         given = Given(src_mask, src_key_padding_mask, bool(src_is_causal))
         # what no query of the decoder sees need not be computed; what it sees must be
-        unseen = (
-            src_mask is None
-            and memory_key_padding_mask is src_key_padding_mask
-            and plain.is_plain(self.decoder, TransformerDecoder)
+        unseen = memory_key_padding_mask is src_key_padding_mask and plain.is_plain(
+            self.decoder, TransformerDecoder
         )
         if plain.is_plain(self.encoder, TransformerEncoder) and not src.is_nested:
             memory = self.encoder.run(src, given, skip_padding=unseen)

@@ -75,7 +75,9 @@ def test_one_input_is_projected_at_once(agree, copies):
 @pytest.mark.parametrize("average", [False, True], ids=["heads", "mean"])
 @pytest.mark.parametrize("batched", [False, True], ids=["unbatched", "batched"])
 def test_weights(copies, average, batched):
-    mine, theirs = copies(nn.MultiheadAttention, torch_nn.MultiheadAttention, E, H, batch_first=True)
+    mine, theirs = copies(
+        nn.MultiheadAttention, torch_nn.MultiheadAttention, E, H, batch_first=True
+    )
     q, k, v = inputs(2, 6, 5, True)
     hidden = padding([5, 3], 5)
     if not batched:
