@@ -109,6 +109,12 @@ class QuantizedWeight:
             self.shape,
         )
 
+    def check_values(self) -> None:
+        """Raise ValueError for scales that are not finite: for weights that came from a file."""
+        bad = int((~torch.isfinite(self.scales)).sum())
+        if bad:
+            raise ValueError(f"QuantizedWeight: scales must be finite, got {bad} of inf or NaN")
+
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """Output features ``start`` to ``stop`` (exclusive) as views: rows stand alone."""
         zero_points = None if self.zero_points is None else self.zero_points[start:stop]

@@ -109,10 +109,8 @@ class QuantLinear(nn.Module):
             raise ValueError(f"QuantLinear: state_dict must hold {self.scheme}, got {saved}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        scales = state_dict.get(f"{prefix}scales")
-        if scales is not None and not bool(torch.isfinite(scales).all()):
-            raise ValueError(f"QuantLinear: {prefix}scales must be finite, got inf or NaN")
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.qweight.check_values()
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
         exact = self.scales

@@ -118,7 +118,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         if hasattr(module, "dequantize_projections_"):
             module.dequantize_projections_()  # type: ignore[operator]
     for parent in list(model.modules()):
-        for attribute, child in list(parent.named_children()):
+        for attribute, child in list(parent._modules.items()):
             if isinstance(child, QuantLinear):
                 if child not in restored:
                     restored[child] = child.dequantize(dtype)
