@@ -2,9 +2,43 @@
 
 from llmos_fast import ops, reference
 from llmos_fast.dispatch import explain, use
+from llmos_fast.models import TransformerModel
+from llmos_fast.nn import (
+    MultiheadAttention,
+    QuantLinear,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+    accelerate,
+    dequantize_,
+    quantize_,
+    restore,
+)
 from llmos_fast.quantize import QuantizedWeight, quantize
 from llmos_fast.version import __version__
 
 reference.publish(ops)
 
-__all__ = ["QuantizedWeight", "__version__", "explain", "ops", "quantize", "reference", "use"]
+__all__ = [
+    "MultiheadAttention",
+    "QuantLinear",
+    "QuantizedWeight",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "TransformerModel",
+    "__version__",
+    "accelerate",
+    "dequantize_",
+    "explain",
+    "ops",
+    "quantize",
+    "quantize_",
+    "reference",
+    "restore",
+    "use",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -83,20 +84,28 @@ def _sequences(
     causal: str,
 ) -> Tensor:  # fmt: skip
     """Int64[sequences 6]: the struct Sequence of csrc/cpu/kernels.h, one row each."""
-    if cu_q is not None and cu_k is not None:
-        _check_cumulative("cu_seqlens_q", cu_q, query.shape[0])
-        _check_cumulative("cu_seqlens_k", cu_k, key.shape[0])
-        first_q, length_q = cu_q[:-1].long(), cu_q.diff().long()
-        first_k, length_k = cu_k[:-1].long(), cu_k.diff().long()
-        batch = torch.zeros_like(first_q)
-    else:
-        batch = torch.arange(query.shape[0])
-        first_q = first_k = torch.zeros_like(batch)
-        length_q = torch.full_like(batch, query.shape[2])
-        seq_k = key.shape[2]
-        length_k = torch.full_like(batch, seq_k) if lengths is None else lengths.long().clamp(0, seq_k)
-    shift = length_k - length_q if causal == "bottom_right" else torch.zeros_like(batch)
-    return torch.stack((batch, first_q, length_q, first_k, length_k, shift), dim=1)
+    if cu_q is None or cu_k is None:
+        batch, _, seq_q, _ = query.shape
+        dense = _dense_sequences(batch, seq_q, key.shape[2], causal == "bottom_right")
+        if lengths is None:
+            return dense
+        length_k = lengths.long().clamp(0, key.shape[2])
+        shift = length_k - seq_q if causal == "bottom_right" else torch.zeros_like(length_k)
+        return torch.cat((dense[:, :4], torch.stack((length_k, shift), dim=1)), dim=1)
+    _check_cumulative("cu_seqlens_q", cu_q, query.shape[0])
+    _check_cumulative("cu_seqlens_k", cu_k, key.shape[0])
+    length_q, length_k = cu_q.diff().long(), cu_k.diff().long()
+    zeros = torch.zeros_like(length_q)
+    shift = length_k - length_q if causal == "bottom_right" else zeros
+    return torch.stack((zeros, cu_q[:-1].long(), length_q, cu_k[:-1].long(), length_k, shift), dim=1)
+
+
+@lru_cache(maxsize=64)
+def _dense_sequences(batch: int, seq_q: int, seq_k: int, bottom_right: bool) -> Tensor:
+    """The table of a batch without lengths; read only, so it may serve every call of that shape."""
+    shift = seq_k - seq_q if bottom_right else 0
+    rows = [[b, 0, seq_q, 0, seq_k, shift] for b in range(batch)]
+    return torch.tensor(rows, dtype=torch.int64).view(batch, 6)
 
 
 def _check_cumulative(argument: str, lengths: Tensor, total: int) -> None:

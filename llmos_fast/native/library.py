@@ -22,10 +22,10 @@ def is_plain(arguments: tuple[Any, ...]) -> bool:
     """True where every tensor is an ordinary one and nobody traces: raw pointers may be taken."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
-    return all(
-        type(a) is Tensor or type(a) is torch.nn.Parameter or not isinstance(a, Tensor)
-        for a in arguments
-    )
+    for a in arguments:
+        if isinstance(a, Tensor) and type(a) is not Tensor and type(a) is not torch.nn.Parameter:
+            return False
+    return True
 
 
 def register(schema: str, cpu: Function, fake: Function) -> Function:

@@ -5,12 +5,16 @@ from llmos_fast.nn.attention import MultiheadAttention
 from llmos_fast.nn.cache import Cache, LayerCache
 from llmos_fast.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from llmos_fast.nn.encoder import TransformerEncoder, TransformerEncoderLayer
+from llmos_fast.nn.quant_linear import QuantLinear
+from llmos_fast.nn.quantize_model import QuantizationReport, dequantize_, quantize_
 from llmos_fast.nn.transformer import Transformer
 
 __all__ = [
     "Cache",
     "LayerCache",
     "MultiheadAttention",
+    "QuantLinear",
+    "QuantizationReport",
     "Report",
     "Transformer",
     "TransformerDecoder",
@@ -18,5 +22,7 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "accelerate",
+    "dequantize_",
+    "quantize_",
     "restore",
 ]

@@ -19,7 +19,7 @@ from llmos_fast.nn.positions import rotary_tables
 class QuantizeWeight(Protocol):
     """Makes a callable module of a weight [out_features in_features] and a bias."""
 
-    def __call__(self, weight: Tensor, bias: Tensor | None) -> nn.Module: ...  # noqa: D102
+    def __call__(self, name: str, weight: Tensor, bias: Tensor | None) -> nn.Module: ...  # noqa: D102
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -238,18 +238,37 @@ class MultiheadAttention(nn.MultiheadAttention):
         return self._output(self._attend(q, k, v, masks), layout)
 
     def quantize_projections_(self, quantize_weight: QuantizeWeight) -> None:
-        """Put ``quantize_weight(weight, bias)`` in the place of each input projection.
+        """Put ``quantize_weight(name, weight, bias)`` in the place of each input projection.
 
         The packed projection becomes the sub-module ``in_proj``; separate ones become ``q_proj``,
         ``k_proj`` and ``v_proj``.
         """
         if self.in_proj_weight is not None:
-            self.in_proj = quantize_weight(self.in_proj_weight, self.in_proj_bias)
-        else:
-            for name, (weight, bias) in zip("qkv", self._separate_projections(), strict=True):
-                setattr(self, f"{name}_proj", quantize_weight(weight, bias))
+            self.in_proj = quantize_weight("in_proj", self.in_proj_weight, self.in_proj_bias)
+        elif not self._is_packed:
+            for letter, (weight, bias) in zip("qkv", self._separate_projections(), strict=True):
+                name = f"{letter}_proj"
+                setattr(self, name, quantize_weight(name, weight, bias))
         for name in ("in_proj_weight", "in_proj_bias", *(f"{n}_proj_weight" for n in "qkv")):
             setattr(self, name, None)
+
+    def dequantize_projections_(self) -> None:
+        """Turn what ``quantize_projections_`` made back into parameters."""
+        if "in_proj" in self._modules:
+            linear = self.in_proj.dequantize()  # type: ignore[operator]
+            del self.in_proj
+            self.in_proj_weight, self.in_proj_bias = linear.weight, linear.bias
+            return
+        biases = []
+        for name in ("q_proj", "k_proj", "v_proj"):
+            if name not in self._modules:
+                return
+            linear = getattr(self, name).dequantize()
+            delattr(self, name)
+            setattr(self, f"{name}_weight", linear.weight)
+            biases.append(linear.bias)
+        if biases[0] is not None:
+            self.in_proj_bias = nn.Parameter(torch.cat(biases).detach())
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         expected = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmos_fast import quantize as formats
 from llmos_fast.ops.quant_matmul import quant_matmul
+from llmos_fast.quantize import QuantizedWeight, empty, quantize
 
 
 class QuantLinear(nn.Module):
@@ -39,11 +39,11 @@ class QuantLinear(nn.Module):
     ):
         """Everything 0, to be filled by ``load_state_dict``; ``from_float`` quantizes a weight."""
         super().__init__()
-        weight = formats.empty((out_features, in_features), scheme, group_size, device)
+        weight = empty((out_features, in_features), scheme, group_size, device)
         values = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self._fill(weight, None if values is None else nn.Parameter(values))
 
-    def _fill(self, weight: formats.QuantizedWeight, bias: nn.Parameter | None) -> None:
+    def _fill(self, weight: QuantizedWeight, bias: nn.Parameter | None) -> None:
         self.out_features, self.in_features = weight.shape
         self.scheme, self.group_size = weight.scheme, weight.group_size
         self.register_buffer("packed", weight.packed)
@@ -60,13 +60,13 @@ class QuantLinear(nn.Module):
         nn.Module.__init__(layer)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias.detach())
-        layer._fill(formats.quantize(weight, scheme, group_size), bias)
+        layer._fill(quantize(weight, scheme, group_size), bias)
         return layer
 
     @property
-    def qweight(self) -> formats.QuantizedWeight:
+    def qweight(self) -> QuantizedWeight:
         """The weight as ``ops.quant_matmul`` takes it; the tensors are the module's own."""
-        return formats.QuantizedWeight(
+        return QuantizedWeight(
             self.packed,
             self.scales,
             self.zero_points,

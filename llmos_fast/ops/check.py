@@ -20,19 +20,25 @@ def floating(op: str, **tensors: Tensor | None) -> None:
     for argument, tensor in tensors.items():
         if tensor is None:
             continue
-        require(isinstance(tensor, Tensor), op, argument, "be a tensor", type(tensor).__name__)
-        require(tensor.is_floating_point(), op, argument, "be floating point", tensor.dtype)
-        device = tensor.device if device is None else device
-        if tensor.device != device:
+        if not isinstance(tensor, Tensor):
+            require(False, op, argument, "be a tensor", type(tensor).__name__)
+        if not tensor.is_floating_point():
+            require(False, op, argument, "be floating point", tensor.dtype)
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
             require(False, op, argument, f"be on {device}, as the first tensor is", tensor.device)
 
 
 def same_dtype(op: str, **tensors: Tensor | None) -> None:
     """Every given tensor has the dtype of the first one."""
-    given = [(argument, t) for argument, t in tensors.items() if t is not None]
-    first, dtype = given[0][0], given[0][1].dtype
-    for argument, tensor in given[1:]:
-        if tensor.dtype != dtype:
+    first, dtype = "", None
+    for argument, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if dtype is None:
+            first, dtype = argument, tensor.dtype
+        elif tensor.dtype != dtype:
             require(False, op, argument, f"have the dtype of {first}, {dtype}", tensor.dtype)
 
 

@@ -108,6 +108,6 @@ class Checkpoint:
 
 def quantize_linears(model: nn.Module, quantization: Quantization) -> None:
     """Quantize every linear layer of ``model`` in place."""
-    from llmos_fast import quantize_  # type: ignore[attr-defined]
+    from llmos_fast import quantize_
 
     quantize_(model, quantization.scheme, group_size=quantization.group_size)

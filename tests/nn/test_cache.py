@@ -197,7 +197,7 @@ def test_quantized_projections_are_called():
     want = model(src, tgt, tgt_is_causal=True), kdim(src, key, value)[0]
     for module in (*model.modules(), kdim):
         if hasattr(module, "quantize_projections_"):
-            module.quantize_projections_(Quantized)
+            module.quantize_projections_(lambda _, weight, bias: Quantized(weight, bias))
             assert module.in_proj_weight is None
         for name, child in list(module.named_children()):
             if isinstance(child, torch_nn.Linear) and not isinstance(module, Quantized):
