@@ -224,6 +224,7 @@ def _can_read(mask: Tensor) -> bool:
         and not is_in_torch_dispatch_mode()
         and type(mask) is Tensor
         and not mask.requires_grad
+        and not mask.is_meta
     )
 
 

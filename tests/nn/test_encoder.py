@@ -83,13 +83,13 @@ def test_stack_agrees_with_torch(agree, copies, batch_first, norm_first, masked,
     valid = None if hidden is None else ~hidden if batch_first else ~hidden.T
     if lengths is not None and 0 in lengths:
         # torch.nn gives NaN for a sequence without a key: its row is compared with nothing
-        theirs = _without_row(theirs, 0 if batch_first else 1, lengths.index(0))
+        theirs = WithoutRow(theirs, 0 if batch_first else 1, lengths.index(0))
     x = torch.randn(3, 9, E) if batch_first else torch.randn(9, 3, E)
     kwargs = {"mask": causal_mask(9) if masked else None, "src_key_padding_mask": hidden}
     agree(mine, theirs, [x], kwargs, valid=valid)
 
 
-class _without_row(torch_nn.Module):  # noqa: N801
+class WithoutRow(torch_nn.Module):
     """A torch.nn stack that sees every sequence but one, with the same parameter names."""
 
     def __init__(self, stack, batch_dim, row):
@@ -378,8 +378,11 @@ def test_any_options(
 ):
     torch.manual_seed(seed)
     options = {
-        "batch_first": batch_first, "norm_first": norm_first, "bias": bias, "activation": activation,
-    }  # fmt: skip
+        "batch_first": batch_first,
+        "norm_first": norm_first,
+        "bias": bias,
+        "activation": activation,
+    }
     mine = _stack(nn.TransformerEncoderLayer, nn.TransformerEncoder, 2, True, True, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
