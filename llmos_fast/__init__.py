@@ -2,8 +2,9 @@
 
 from llmos_fast import ops, reference
 from llmos_fast.dispatch import explain, use
+from llmos_fast.quantize import QuantizedWeight, quantize
 from llmos_fast.version import __version__
 
 reference.publish(ops)
 
-__all__ = ["__version__", "explain", "ops", "reference", "use"]
+__all__ = ["QuantizedWeight", "__version__", "explain", "ops", "quantize", "reference", "use"]

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-_FOLDERS = {"triton": "kernels", "native": "native", "reference": "reference"}
+# where an implementation of that name lives, in the order of preference that ops follow
+FOLDERS = {"triton": "kernels", "native": "native", "reference": "reference"}
 _REGISTRY: dict[str, tuple[Implementation, ...]] = {}
 _forced: str | None = os.environ.get("LLMOS_FAST_IMPL") or None
 _explaining = False
@@ -41,7 +42,7 @@ class Refusal(NamedTuple):
     reason: str | None
 
 
-class _Explained(Exception):  # noqa: N818
+class _Explained(Exception):
     """Carries the answers out of an op that was called only to be explained."""
 
     def __init__(self, refusals: list[Refusal]):
@@ -55,7 +56,7 @@ def implementations(op: str, *names: str) -> tuple[Implementation, ...]:
 
 
 def _load(op: str, name: str) -> Implementation:
-    path = f"llmos_fast.{_FOLDERS[name]}.{op}"
+    path = f"llmos_fast.{FOLDERS[name]}.{op}"
     try:
         return Implementation(name, importlib.import_module(path), "")
     except ImportError as error:
@@ -114,8 +115,8 @@ def _refusals(op: str, call: dict[str, Any]) -> list[Refusal]:
 def use(name: str) -> Iterator[None]:
     """Force every op inside the block to run on implementation ``name``, in the whole process."""
     global _forced
-    if name not in _FOLDERS:
-        raise ValueError(f"use: name must be one of {', '.join(_FOLDERS)}, got {name!r}")
+    if name not in FOLDERS:
+        raise ValueError(f"use: name must be one of {', '.join(FOLDERS)}, got {name!r}")
     previous, _forced = _forced, name
     try:
         yield

@@ -14,4 +14,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("max_threads", &omp_get_max_threads);
   bind_attention(module);
   bind_elementwise(module);
+  bind_quant_matmul(module);
 }

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from llmos_fast import ops
+
 
 def sinusoids(length: int, width: int) -> Tensor:
     """Position ``p`` in channels ``2i`` and ``2i + 1``: sin and cos of ``p / 10000^(2i / width)``.
@@ -39,5 +41,5 @@ class PositionalEncoding(nn.Module):
             raise ValueError(
                 f"PositionalEncoding: seq must be at most {self.table.shape[0]}, got {length}"
             )
-        encoded: Tensor = self.dropout(x + self.table[:length].to(x.dtype))
-        return encoded
+        dropout_p = self.dropout.p if self.training else 0.0
+        return ops.dropout(x + self.table[:length].to(x.dtype), dropout_p)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import TransformerEncoder, TransformerEncoderLayer
 
+from llmos_fast import ops
 from llmos_fast.models.language_model import LanguageModel
 from llmos_fast.models.positional_encoding import PositionalEncoding
+from llmos_fast.nn import TransformerEncoder, TransformerEncoderLayer
 
 
 class TransformerModel(LanguageModel):
@@ -65,20 +66,21 @@ class TransformerModel(LanguageModel):
                 f"TransformerModel: tokens must be [batch seq], got shape {tuple(tokens.shape)}"
             )
         x = self.pos_encoder(self.input_emb(tokens) * math.sqrt(self.ninp))
-        mask = nn.Transformer.generate_square_subsequent_mask(
-            tokens.shape[1], device=x.device, dtype=x.dtype
-        )
-        encoded: Tensor = self.encoder(x, mask=mask, is_causal=True)
+        encoded: Tensor = self.encoder(x, is_causal=True)
         return encoded
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the next token at every position: Float[batch seq ntoken]."""
-        logits: Tensor = self.decoder(self.hidden(tokens))
-        return logits
+        return self._project(self.hidden(tokens))
 
     def next_logits(self, tokens: Tensor) -> Tensor:
         """Logits of the token after the last one, the only row that is projected."""
-        logits: Tensor = self.decoder(self.hidden(tokens)[:, -1])
+        return self._project(self.hidden(tokens)[:, -1])
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        if isinstance(self.decoder, nn.Linear):
+            return ops.linear(hidden, self.decoder.weight, self.decoder.bias)
+        logits: Tensor = self.decoder(hidden)
         return logits
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -92,6 +94,10 @@ class TransformerModel(LanguageModel):
                 f"TransformerModel.loss: targets must have the shape of tokens "
                 f"{tuple(tokens.shape)}, got {tuple(targets.shape)}"
             )
+        if isinstance(self.decoder, nn.Linear):
+            hidden = self.hidden(tokens)
+            return ops.linear_cross_entropy(hidden, self.decoder.weight, targets, self.decoder.bias)
+        # a quantized projection has no weight to differentiate
         return F.cross_entropy(self(tokens).flatten(0, 1).float(), targets.flatten())
 
 

@@ -7,6 +7,7 @@ from llmos_fast.ops.ffn import ffn
 from llmos_fast.ops.gated_ffn import gated_ffn
 from llmos_fast.ops.linear import linear
 from llmos_fast.ops.linear_cross_entropy import linear_cross_entropy
+from llmos_fast.ops.quant_matmul import quant_matmul
 from llmos_fast.ops.rotary import rotary
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "gated_ffn",
     "linear",
     "linear_cross_entropy",
+    "quant_matmul",
     "rotary",
 ]

@@ -1,0 +1,83 @@
+"""The routed product and the loss beside torch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmos_fast import ops, reference
+from llmos_fast.testing import assert_within_budget, random
+
+SHAPES = [(32, 128, 512), (1, 768, 3072), (256, 768, 3072), (1024, 768, 3072), (1024, 3072, 768)]
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_linear(compare, step, smoke, shape, dtype, direction):
+    if smoke and shape != SHAPES[0]:
+        pytest.skip("not in a smoke run")
+    rows, features, out = shape
+    train = direction == "forward_backward"
+    grad = {"dtype": dtype, "requires_grad": train}
+    tensors = {
+        "x": random(rows, features, **grad),
+        "weight": random(out, features, **grad),
+        "bias": random(out, **grad),
+    }
+    values = tuple(tensors.values())
+
+    def check():
+        few = tensors | {"x": tensors["x"][:16].detach().requires_grad_(train)}
+        assert_within_budget(
+            ops.linear, reference.linear, few, impl="auto", reduction=max(features, out)
+        )
+
+    def runner(function):
+        return step(function, *values) if train else lambda: function(*values)
+
+    compare(
+        runner(ops.linear),
+        {"eager": runner(F.linear)},
+        check=check,
+        flops=(3 if train else 1) * 2 * rows * features * out,
+        bytes=values[1].nbytes,
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("shape", [(64, 1000, 64), (700, 33278, 200), (1024, 50257, 768)], ids=str)
+def bench_linear_cross_entropy(compare, step, smoke, shape):
+    rows, classes, features = shape
+    if smoke and rows != 64:
+        pytest.skip("not in a smoke run")
+    tensors = {
+        "hidden": random(rows, features, requires_grad=True),
+        "weight": random(classes, features, scale=0.05, requires_grad=True),
+        "target": torch.randint(0, classes, (rows,)),
+    }
+    values = tuple(tensors.values())
+
+    def check():
+        few = tensors | {
+            "hidden": tensors["hidden"][:16].detach().requires_grad_(),
+            "target": tensors["target"][:16],
+        }
+        assert_within_budget(
+            ops.linear_cross_entropy,
+            reference.linear_cross_entropy,
+            few,
+            impl="auto",
+            reduction=classes,
+        )
+
+    def eager(hidden, weight, target):
+        return F.cross_entropy(F.linear(hidden, weight), target)
+
+    compare(
+        step(ops.linear_cross_entropy, *values),
+        {"eager": step(eager, *values)},
+        check=check,
+        flops=3 * 2 * rows * classes * features,
+        bytes=2 * values[1].nbytes,
+        rounds=5,
+    )

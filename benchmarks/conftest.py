@@ -1,0 +1,146 @@
+"""How everything here is measured: the machine's limits first, then ours and every peer in turn.
+
+A benchmark times ours with pytest-benchmark; before each of its rounds every peer runs once and is
+timed too, so that all of them see the same machine. It starts by comparing the result with the
+reference and reports nothing when that fails. Figures of the peers, ratios, rates and the share of
+the machine's limit go to ``extra_info`` of the JSON.
+
+    pytest benchmarks/ --benchmark-only --benchmark-json=out.json
+    python -m benchmarks.report out.json
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from llmos_fast.info import machine, versions
+
+Run = Callable[[], Any]
+
+
+class Roofline(NamedTuple):
+    """What the machine reached just now, on all threads: GB/s, and FLOP/s by dtype."""
+
+    bandwidth: float
+    peak: dict[torch.dtype, float]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--smoke", action="store_true", help="one round of the smallest shapes only")
+
+
+@pytest.fixture(scope="session")
+def smoke(pytestconfig: pytest.Config) -> bool:
+    return bool(pytestconfig.getoption("--smoke"))
+
+
+def best_time(run: Run, rounds: int) -> float:
+    run()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@pytest.fixture(scope="session")
+def roofline(smoke: bool) -> Roofline:
+    """Bandwidth of a plain read of 256 MiB; peak: the best large product of any library here."""
+    size = 2**22 if smoke else 2**26
+    data = torch.zeros(size)
+    bandwidth = data.nbytes / best_time(lambda: data.sum(), 5)
+    side = 256 if smoke else 2048
+    peak = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
+        runs: list[Run] = [lambda a=a, b=b: a @ b]
+        if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            linear = torch.ops.mkldnn._linear_pointwise
+            runs.append(lambda a=a, b=b: linear(a, b, None, "none", [], ""))
+        peak[dtype] = 2 * side**3 / min(best_time(run, 5) for run in runs)
+    return Roofline(bandwidth, peak)
+
+
+@pytest.fixture
+def compare(benchmark: Any, roofline: Roofline, smoke: bool) -> Callable[..., None]:
+    """``compare(ours, peers, check=..., flops=..., bytes=..., dtype=...)`` measures and records.
+
+    ours, peers: functions without arguments, the peers by name.
+    check:       called once before anything is timed; raises where the result is wrong.
+    flops:       arithmetic of one call, from the formula of the op; 0 where bytes decide.
+    bytes:       what one call must at least move.
+    """
+
+    def measure(
+        ours: Run,
+        peers: dict[str, Run],
+        *,
+        check: Run,
+        flops: float = 0,
+        bytes: float = 0,
+        dtype: torch.dtype = torch.float32,
+        rounds: int = 15,
+    ) -> None:
+        check()
+        times: dict[str, list[float]] = {name: [] for name in peers}
+        for peer in peers.values():
+            peer()
+
+        def run_peers() -> None:
+            for name, peer in peers.items():
+                start = time.perf_counter()
+                peer()
+                times[name].append(time.perf_counter() - start)
+
+        benchmark.pedantic(
+            ours, setup=run_peers, rounds=1 if smoke else rounds, warmup_rounds=0 if smoke else 1
+        )
+        seconds = benchmark.stats.stats.median
+        medians = {name: statistics.median(samples) for name, samples in times.items()}
+        limit = max(flops / roofline.peak[dtype], bytes / roofline.bandwidth)
+        benchmark.extra_info.update(
+            peers_ms={name: 1e3 * median for name, median in medians.items()},
+            speedup={name: median / seconds for name, median in medians.items()},
+            tflops=flops / seconds / 1e12,
+            gbps=bytes / seconds / 1e9,
+            share_of_limit=limit / seconds,
+            dtype=str(dtype).removeprefix("torch."),
+        )
+
+    return measure
+
+
+@pytest.fixture
+def step() -> Callable[..., Run]:
+    """``step(function, *tensors)`` runs forward and backward and drops the gradients again."""
+
+    def make(function: Callable[..., Any], *tensors: torch.Tensor) -> Run:
+        leaves = [t for t in tensors if t.requires_grad]
+
+        def run() -> None:
+            out = function(*tensors)
+            out = out[0] if isinstance(out, tuple) else out
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+        return run
+
+    return make
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["llmos_fast"] = versions() | machine()
+
+
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
+) -> None:
+    """Keep medians, not every sample."""
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)

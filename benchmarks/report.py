@@ -1,0 +1,95 @@
+"""Turn the JSON of a benchmark run into a Markdown table and a plot.
+
+    python -m benchmarks.report benchmarks/results/FILE.json             # the table, to stdout
+    python -m benchmarks.report benchmarks/results/FILE.json --plot speedup.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The parsed file; ValueError where it is not what ``--benchmark-json`` writes."""
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"report: {path} must be JSON, got {error}") from error
+    if "benchmarks" not in report:
+        raise ValueError(f"report: {path} must come from --benchmark-json, got no 'benchmarks'")
+    return report
+
+
+def _best_peer(info: dict[str, Any]) -> tuple[str, float]:
+    peers: dict[str, float] = info["peers_ms"]
+    name = min(peers, key=lambda peer: peers[peer])
+    return name, peers[name]
+
+
+def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
+    """(case, ours, fastest peer, its time, ratio, share of the machine's limit), losses included."""
+    found = []
+    for entry in report["benchmarks"]:
+        info = entry["extra_info"]
+        name = entry["name"].removeprefix("bench_")
+        if "peak_mib" in info:
+            (peer, peak), *_ = info["peers_peak_mib"].items()
+            ours, theirs = f"{info['peak_mib']:.0f} MiB", f"{peak:.0f} MiB"
+            found.append((name, ours, peer, theirs, f"{1 / info['ratio']:.2f}x", ""))
+        elif info.get("peers_ms"):
+            peer, milliseconds = _best_peer(info)
+            ours = 1e3 * entry["stats"]["median"]
+            share = f"{100 * info['share_of_limit']:.0f} %"
+            ratio = f"{milliseconds / ours:.2f}x"
+            found.append((name, f"{ours:.3f} ms", peer, f"{milliseconds:.3f} ms", ratio, share))
+    return found
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The machine, and a table with one line per case."""
+    machine = report["machine_info"].get("llmos_fast", {})
+    facts = ", ".join(f"{key} {machine[key]}" for key in ("CPU", "torch", "threads") if key in machine)
+    lines = [
+        f"{report['datetime'][:10]}, {facts}, commit {report['commit_info']['id'][:10]}",
+        "",
+        "| case | ours | fastest peer | its time | ours is faster by | of the machine's limit |",
+        "|---|---:|---|---:|---:|---:|",
+        *(f"| {' | '.join(row)} |" for row in rows(report)),
+    ]
+    return "\n".join(lines)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Bars of the speed-up over the fastest peer, one per case. Needs the ``[plot]`` extra."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError('report: --plot needs matplotlib: pip install -e ".[plot]"') from error
+    cases = rows(report)
+    figure = Figure(figsize=(9, 1 + 0.22 * len(cases)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([case[0] for case in cases], [float(case[4].rstrip("x")) for case in cases])
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xlabel("times as fast as the fastest peer")
+    axes.tick_params(axis="y", labelsize=7)
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Read the arguments, print the table, draw where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("json", type=Path)
+    parser.add_argument("--plot", type=Path, help="also draw the ratios to this PNG")
+    arguments = parser.parse_args()
+    report = read(arguments.json)
+    print(markdown(report))
+    if arguments.plot:
+        plot(report, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+#include "cpu/quant_matmul.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "cpu/bf16.h"
+#include "cpu/dispatch.h"
+
+namespace llmos {
+
+namespace {
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+struct Buffer {
+  std::unique_ptr<void, Free> memory;
+  size_t bytes = 0;
+};
+
+template <typename T>
+void dequantize_rows(const WeightShape& shape, const uint8_t* packed, const float* scales,
+                     const uint8_t* zeros, T* out) {
+  // Levels of all 256 codes once: the loops below only look up.
+  float levels[256];
+  const bool asymmetric = shape.format == WeightFormat::kInt4Asym;
+  for (int code = 0; code < (is_4bit(shape.format) ? 16 : 256); ++code)
+    levels[code] = level_of(shape.format, code, 0);
+#pragma omp parallel for if (shape.n * shape.k > 65536)
+  for (int64_t row = 0; row < shape.n; ++row)
+    for (int64_t begin = 0; begin < shape.k; begin += shape.group_size) {
+      const int64_t index = scale_index(shape, row, begin);
+      const int64_t end = begin + shape.group_size < shape.k ? begin + shape.group_size : shape.k;
+      const float zero = asymmetric ? zeros[index] : 0.0f;
+      for (int64_t column = begin; column < end; ++column)
+        store(&out[row * shape.k + column],
+              (levels[code_at(shape, packed, row, column)] - zero) * scales[index]);
+    }
+}
+
+}  // namespace
+
+void quant_matmul(const QuantMatmul& call) {
+#if defined(__x86_64__)
+  static const QuantMatmulKernels* const tables[] = {&quant_matmul_avx512, &quant_matmul_avx2,
+                                                     &quant_matmul_generic};
+#else
+  static const QuantMatmulKernels* const tables[] = {&quant_matmul_generic};
+#endif
+  choose(tables).run(call);
+}
+
+void dequantize(const WeightShape& shape, const uint8_t* packed, const float* scales,
+                const uint8_t* zeros, bool bf16, void* out) {
+  if (bf16)
+    dequantize_rows(shape, packed, scales, zeros, static_cast<uint16_t*>(out));
+  else
+    dequantize_rows(shape, packed, scales, zeros, static_cast<float*>(out));
+}
+
+void* thread_scratch(Scratch slot, size_t bytes) {
+  static thread_local Buffer buffers[2];
+  Buffer& buffer = buffers[static_cast<int>(slot)];
+  if (buffer.bytes < bytes) {
+    const size_t rounded = (bytes + 63) / 64 * 64;
+    buffer.bytes = 0;
+    buffer.memory.reset(std::aligned_alloc(64, rounded));
+    if (!buffer.memory) throw std::bad_alloc();
+    buffer.bytes = rounded;
+  }
+  return buffer.memory.get();
+}
+
+}  // namespace llmos

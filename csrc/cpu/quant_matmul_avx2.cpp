@@ -1,0 +1,151 @@
+// AVX2 + FMA: 8 columns to a register; products in 16 bits, sums in 32.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/dispatch.h"
+#include "cpu/quant_matmul.h"
+#include "cpu/target.h"
+
+LLMOS_TARGET_BEGIN("avx2,fma")
+
+#include "cpu/bf16.h"
+#include "cpu/quant_matmul_epilogue.h"
+#include "cpu/quant_matmul_kernel.h"
+
+namespace llmos {
+namespace {
+
+struct Avx2 {
+  using I = __m256i;
+  using F = __m256;
+  static constexpr int kLanes = 8;
+  static constexpr int kRows = 4;
+  static constexpr int kVectors = 2;
+
+  static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+  static F zero() { return _mm256_setzero_ps(); }
+  static F broadcast(float value) { return _mm256_set1_ps(value); }
+  static F load_floats(const float* p) { return _mm256_loadu_ps(p); }
+  static void store_floats(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F subtract(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+  static I load_ints(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
+  static I load_bytes(const uint8_t* p) { return load_ints(p); }
+  static I multiply(I a, int32_t b) { return _mm256_mullo_epi32(a, _mm256_set1_epi32(b)); }
+  static I low_nibbles(I v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+  static I high_nibbles(I v) { return low_nibbles(_mm256_srli_epi32(v, 4)); }
+
+  static I broadcast_word(const int8_t* p) {
+    int32_t word;
+    std::memcpy(&word, p, 4);
+    return _mm256_set1_epi32(word);
+  }
+
+  template <bool k4Bit>
+  static I dot(I acc, I weights, I x) {
+    if constexpr (k4Bit) {  // 2 * 15 * 127 fits 16 bits: vpmaddubsw cannot saturate
+      const I pairs = _mm256_maddubs_epi16(weights, x);
+      return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    } else {  // 2 * 255 * 127 does not: bytes 0 2 and bytes 1 3 of a word, widened to 16 bits
+      const I even = _mm256_and_si256(weights, _mm256_set1_epi16(255));
+      const I odd = _mm256_srli_epi16(weights, 8);
+      const I x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8);
+      const I x_odd = _mm256_srai_epi16(x, 8);
+      acc = _mm256_add_epi32(acc, _mm256_madd_epi16(even, x_even));
+      return _mm256_add_epi32(acc, _mm256_madd_epi16(odd, x_odd));
+    }
+  }
+
+  struct Levels {
+    F low, high;
+  };
+
+  template <WeightFormat kFormat>
+  static Levels levels() {
+    alignas(32) float table[16];
+    for (int code = 0; code < 16; ++code)
+      table[code] = is_4bit(kFormat) ? level_of(kFormat, code, 0) : 0.0f;
+    return {_mm256_load_ps(table), _mm256_load_ps(table + 8)};
+  }
+
+  // Weight i of every word.
+  template <WeightFormat kFormat>
+  static F decode(I raw, int i, const Levels& levels) {
+    if constexpr (is_4bit(kFormat)) {  // vpermps reads three bits, the fourth chooses the table
+      const I code = _mm256_srl_epi32(raw, _mm_cvtsi32_si128(4 * i));
+      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(levels.low, code),
+                              _mm256_permutevar8x32_ps(levels.high, code),
+                              _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+    } else {
+      const I code = _mm256_srl_epi32(raw, _mm_cvtsi32_si128(8 * i));
+      if constexpr (kFormat == WeightFormat::kInt8) {
+        const I byte = _mm256_and_si256(code, _mm256_set1_epi32(255));
+        return _mm256_cvtepi32_ps(_mm256_sub_epi32(byte, _mm256_set1_epi32(128)));
+      } else {
+        // exponent and mantissa moved to a float's place leave its exponent 120 too low
+        const I magnitude =
+            _mm256_slli_epi32(_mm256_and_si256(code, _mm256_set1_epi32(0x7f)), 20);
+        const I sign = _mm256_and_si256(_mm256_slli_epi32(code, 24), _mm256_set1_epi32(INT32_MIN));
+        return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, magnitude)),
+                             _mm256_set1_ps(0x1p120f));
+      }
+    }
+  }
+
+  // 8 rows x 32 bytes at a time: a transpose of 8 x 8 words.
+  static void pack_panel(const uint8_t* source, int64_t bytes, int valid, int64_t words,
+                         uint32_t flip, uint8_t* panel) {
+    for (int64_t word = 0; word < words; word += 8)
+      for (int half = 0; half < 16; half += 8) {
+        I a[8], b[8];
+        for (int i = 0; i < 8; ++i)
+          a[i] = load_row(source + (half + i) * bytes + word * 4, bytes - word * 4,
+                          half + i < valid);
+        for (int i = 0; i < 8; i += 2) {
+          b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+          b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+        }
+        for (int i = 0; i < 8; i += 4) {
+          a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+          a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+          a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+          a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+        }
+        for (int j = 0; j < 4; ++j) {
+          put(panel + (word + j) * 64 + half * 4, _mm256_permute2x128_si256(a[j], a[4 + j], 0x20),
+              flip);
+          put(panel + (word + 4 + j) * 64 + half * 4,
+              _mm256_permute2x128_si256(a[j], a[4 + j], 0x31), flip);
+        }
+      }
+  }
+
+ private:
+  static I load_row(const uint8_t* p, int64_t left, bool inside) {
+    if (!inside || left <= 0) return _mm256_setzero_si256();
+    if (left >= 32) return load_ints(p);
+    alignas(32) uint8_t bytes[32] = {};
+    std::memcpy(bytes, p, left);
+    return load_ints(bytes);
+  }
+
+  static void put(uint8_t* p, I v, uint32_t flip) {
+    _mm256_storeu_si256(reinterpret_cast<I*>(p),
+                        _mm256_xor_si256(v, _mm256_set1_epi32(static_cast<int>(flip))));
+  }
+};
+
+}  // namespace
+
+extern const QuantMatmulKernels quant_matmul_avx2 = {"avx2", &cpu_has_avx2, &run<Avx2>};
+
+}  // namespace llmos
+
+LLMOS_TARGET_END
+
+#endif

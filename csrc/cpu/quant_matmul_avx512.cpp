@@ -1,0 +1,144 @@
+// AVX-512 with VNNI: 16 columns to a register, vpdpbusd takes unsigned codes times signed x.
+#if defined(__x86_64__)
+
+// GCC 12 warns about its own AVX-512 header (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/dispatch.h"
+#include "cpu/quant_matmul.h"
+#include "cpu/target.h"
+
+LLMOS_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+
+#include "cpu/bf16.h"
+#include "cpu/quant_matmul_epilogue.h"
+#include "cpu/quant_matmul_kernel.h"
+
+namespace llmos {
+namespace {
+
+struct Avx512 {
+  using I = __m512i;
+  using F = __m512;
+  static constexpr int kLanes = 16;
+  static constexpr int kRows = 6;     // 24 accumulators + 4 weights + 1 x of 32 registers
+  static constexpr int kVectors = 4;
+
+  static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+  static F zero() { return _mm512_setzero_ps(); }
+  static F broadcast(float value) { return _mm512_set1_ps(value); }
+  static F load_floats(const float* p) { return _mm512_loadu_ps(p); }
+  static void store_floats(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static I load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static I load_bytes(const uint8_t* p) { return _mm512_load_si512(p); }
+  static I multiply(I a, int32_t b) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(b)); }
+  static I low_nibbles(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+  static I high_nibbles(I v) { return low_nibbles(_mm512_srli_epi32(v, 4)); }
+
+  static I broadcast_word(const int8_t* p) {
+    int32_t word;
+    std::memcpy(&word, p, 4);
+    return _mm512_set1_epi32(word);
+  }
+
+  template <bool k4Bit>
+  static I dot(I acc, I weights, I x) {
+    // not _mm512_dpbusd_epi32: GCC 12 copies and spills its accumulators, at half the speed
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(x));
+    return acc;
+  }
+
+  // vpermps reads the low four bits of an index only: a 4-bit code needs no mask.
+  template <WeightFormat kFormat>
+  static F levels() {
+    alignas(64) float table[16];
+    for (int code = 0; code < 16; ++code)
+      table[code] = is_4bit(kFormat) ? level_of(kFormat, code, 0) : 0.0f;
+    return _mm512_load_ps(table);
+  }
+
+  // Weight i of every word.
+  template <WeightFormat kFormat>
+  static F decode(I raw, int i, F levels) {
+    if constexpr (is_4bit(kFormat)) {
+      return _mm512_permutexvar_ps(_mm512_srl_epi32(raw, _mm_cvtsi32_si128(4 * i)), levels);
+    } else {
+      const I code = _mm512_srl_epi32(raw, _mm_cvtsi32_si128(8 * i));
+      if constexpr (kFormat == WeightFormat::kInt8) {
+        // code + 2^23 as float by setting the bits of 2^23 above it; then minus (2^23 + 128)
+        const I bits = _mm512_ternarylogic_epi32(code, _mm512_set1_epi32(255),
+                                                 _mm512_set1_epi32(0x4b000000), 0xea);
+        return _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(8388736.0f));
+      } else {
+        // exponent and mantissa moved to a float's place leave its exponent 120 too low
+        const I magnitude =
+            _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x7f)), 20);
+        const I bits = _mm512_ternarylogic_epi32(_mm512_slli_epi32(code, 24),
+                                                 _mm512_set1_epi32(INT32_MIN), magnitude, 0xea);
+        return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));
+      }
+    }
+  }
+
+  // 16 rows x 64 bytes at a time: a transpose of 16 x 16 words.
+  static void pack_panel(const uint8_t* source, int64_t bytes, int valid, int64_t words,
+                         uint32_t flip, uint8_t* panel) {
+    const I flips = _mm512_set1_epi32(static_cast<int>(flip));
+    for (int64_t word = 0; word < words; word += 16) {
+      const int64_t left = bytes - word * 4;
+      const __mmask64 mask = left >= 64 ? ~0ull : (1ull << left) - 1;
+      I a[16], b[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        const uint8_t* p = source + i * bytes + word * 4;
+        a[i] = i < valid ? _mm512_maskz_loadu_epi8(mask, p) : _mm512_setzero_si512();
+        _mm_prefetch(p + 512, _MM_HINT_T0);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+      }
+      // 128-bit lane l of a[4 i + j] holds word 4 l + j of rows 4 i .. 4 i + 3
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const I even0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
+        const I even1 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+        const I odd0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+        const I odd1 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+        b[j] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+        b[4 + j] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+        b[8 + j] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+        b[12 + j] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        _mm512_store_si512(panel + (word + i) * 64, _mm512_xor_si512(b[i], flips));
+    }
+  }
+};
+
+}  // namespace
+
+extern const QuantMatmulKernels quant_matmul_avx512 = {"avx512", &cpu_has_avx512_vnni,
+                                                       &run<Avx512>};
+
+}  // namespace llmos
+
+LLMOS_TARGET_END
+
+#endif

@@ -1,0 +1,57 @@
+"""Definition of the quantized linear op: y = activation(round(x) W^T + bias)."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmos_fast.quantize import QuantizedWeight, rounds_activations
+from llmos_fast.reference.precision import upcast
+
+
+def round_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers -127..127 in fp32 and their scales (..., 1), from the fp32 value of ``x``.
+
+    scale = amax / 127 and q = round_half_even(x * (127 / amax)), where amax is the row's largest
+    magnitude and at least 1e-30. A row that is not finite becomes NaN.
+    """
+    x = x.float()
+    amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
+    return torch.round(x * (127 / amax)), amax / 127
+
+
+def apply_activation(y: Tensor, activation: str | None) -> Tensor:
+    """One of the element-wise functions by name; None is the identity."""
+    if activation is None:
+        return y
+    if activation == "gelu_tanh":
+        return F.gelu(y, approximate="tanh")
+    if activation == "relu2":
+        return F.relu(y).square()
+    function: Tensor = getattr(F, activation)(y)
+    return function
+
+
+def quant_matmul(
+    x: Tensor,
+    qweight: QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """As ``llmos_fast.ops.quant_matmul``; the gradient passes through the rounding of x."""
+    wide = upcast(x)
+    if rounds_activations(qweight.scheme):
+        integers, scale = round_to_int8(x.detach())
+        # adds exactly zero, and carries the gradient
+        wide = integers.to(wide.dtype) * scale.to(wide.dtype) + (wide - wide.detach())
+    y = F.linear(wide, qweight.dequantize(wide.dtype))
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return apply_activation(y, activation).to(x.dtype)
+
+
+def unsupported(**call: object) -> None:
+    """The definition takes every valid call."""
+
+
+forward = quant_matmul

@@ -1,0 +1,301 @@
+"""quant_matmul against its definition: every scheme, instruction set and awkward size."""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmos_fast import _C, dispatch
+from llmos_fast.native import quant_matmul as native
+from llmos_fast.ops.quant_matmul import ACTIVATIONS, quant_matmul
+from llmos_fast.quantize import FORMATS, SCHEMES, QuantizedWeight, pack, quantize
+from llmos_fast.reference import quant_matmul as definition
+from llmos_fast.testing import assert_within_budget, random
+
+SETS = ("avx512", "avx2", "generic")
+SIZES = [(1, 1, 1), (7, 63, 253), (63, 7, 65), (13, 130, 128), (1, 253, 300), (2, 16, 32)]
+
+
+@pytest.fixture(params=SETS)
+def cpu_set(request):
+    if request.param not in _C.cpu_sets():
+        pytest.skip(f"this CPU has no {request.param}")
+    _C.force_cpu(request.param)
+    yield request.param
+    _C.force_cpu("")
+
+
+def check(weight, x, bias=None, activation=None, impl="native"):
+    """Within the budget: outputs, and the gradients that x and bias ask for."""
+    if bias is None:
+        inputs = [x]
+        op = partial(quant_matmul, qweight=weight, activation=activation)
+        truth = partial(definition.quant_matmul, qweight=weight, activation=activation)
+    else:
+        inputs = [x, bias]
+
+        def op(x, bias, impl):
+            return quant_matmul(x, weight, bias, activation=activation, impl=impl)
+
+        def truth(x, bias):
+            return definition.quant_matmul(x, weight, bias, activation=activation)
+
+    assert_within_budget(op, truth, inputs, impl=impl, reduction=weight.shape[1])
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SIZES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_matches_definition(cpu_set, scheme, m, n, k):
+    weight = quantize(random(n, k), scheme, group_size=32)
+    check(weight, random(m, k), random(n), "silu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_narrow_activations(cpu_set, scheme, dtype):
+    weight = quantize(random(50, 77), scheme, group_size=64)
+    check(weight, random(5, 77, dtype=dtype), random(50, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_activations_and_gradients(cpu_set, activation, dtype):
+    weight = quantize(random(33, 70), "int8_a16")
+    x = random(9, 70, dtype=dtype, scale=3.0)
+    bias = random(33, dtype=dtype)
+    check(weight, x, bias, activation)
+    check(weight, x.requires_grad_(), bias.requires_grad_(), activation)
+
+
+@pytest.mark.parametrize("m", [1, 6, 7, 239, 240, 241])
+@pytest.mark.parametrize("scheme", ["int8", "int4_asym", "nf4"])
+def test_around_the_sizes_of_tiles(cpu_set, scheme, m):
+    check(quantize(random(65, 40), scheme, 32), random(m, 40))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients_pass_through_the_rounding(scheme):
+    weight = quantize(random(20, 40), scheme, 32)
+    x = random(3, 40, requires_grad=True)
+    direction = random(3, 20)
+    (gradient,) = torch.autograd.grad(quant_matmul(x, weight, impl="native"), x, direction)
+    assert torch.allclose(gradient, direction @ weight.dequantize(), atol=1e-5)
+    assert not any(tensor.requires_grad for tensor in weight.tensors().values())
+
+
+def test_gradients_of_gradients():
+    weight = quantize(random(6, 10), "int8_a16")
+    x = random(4, 10, requires_grad=True)
+
+    def second(impl):
+        y = quant_matmul(x, weight, activation="silu", impl=impl)
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    assert torch.allclose(second("native"), second("reference"), atol=1e-5)
+
+
+def integer_weight(scheme, n, k, group):
+    """Integer levels and scales of 1: a product of integers has one right answer."""
+    groups = -(-k // group)
+    zeros = None
+    if scheme.startswith("int8"):
+        packed, group, groups = torch.randint(-127, 128, (n, k), dtype=torch.int8), k, 1
+    else:
+        packed = pack(torch.randint(0, 16, (n, k), dtype=torch.uint8))
+    if scheme.startswith("int4_asym"):
+        zeros = torch.randint(0, 16, (n, groups), dtype=torch.uint8)
+    scales = 2.0 ** torch.randint(-2, 3, (n, groups)).float()
+    return QuantizedWeight(packed, scales, zeros, scheme, group, (n, k))
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.startswith("int")])
+@pytest.mark.parametrize("group", [32, 128])
+def test_integers_are_exact(cpu_set, scheme, group):
+    weight = integer_weight(scheme, 67, 261, group)
+    x = torch.randint(-127, 128, (14, 261)).float()
+    x[:, 0] = 127  # so that the activation scale is 1
+    truth = x.double() @ weight.dequantize(torch.float64).T
+    assert torch.equal(quant_matmul(x, weight, impl="native").double(), truth)
+
+
+def test_extreme_integers_do_not_saturate(cpu_set):
+    packed = torch.full((3, 4096), -128, dtype=torch.int8)
+    weight = QuantizedWeight(packed, torch.ones(3, 1), None, "int8", 4096, (3, 4096))
+    x = torch.full((2, 4096), 127.0)
+    x[1] = -127
+    expected = torch.tensor([-1.0, 1.0])[:, None].expand(2, 3) * 127 * 128 * 4096
+    assert torch.equal(quant_matmul(x, weight, impl="native"), expected)
+
+
+def test_rounding_is_half_to_even(cpu_set):
+    weight = quantize(torch.eye(6), "int8")
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
+    expected = torch.tensor([[127.0, 0.0, 2.0, 2.0, 0.0, -2.0]])
+    assert torch.equal(quant_matmul(x, weight, impl="native").round(), expected)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_rows_that_are_zero_tiny_or_not_finite(cpu_set, scheme):
+    weight = quantize(random(5, 40), scheme, 32)
+    x = random(6, 40)
+    x[0] = 0
+    x[1] = 1e-38
+    x[2, 3] = float("inf")
+    x[3, 39] = float("nan")
+    bias = random(5)
+    y = quant_matmul(x, weight, bias, activation="relu", impl="native")
+    assert torch.equal(y[0], bias.relu())
+    assert bool(torch.isfinite(y[[0, 1, 4, 5]]).all())
+    assert bool(torch.isnan(y[2:4]).all())
+    assert torch.equal(torch.isnan(y), torch.isnan(definition.quant_matmul(x, weight, bias)))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_results_depend_neither_on_threads_nor_on_batch(cpu_set, scheme):
+    weight = quantize(random(200, 300), scheme, 64)
+    x = random(250, 300)
+    previous = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(quant_matmul(x, weight, impl="native"))
+    torch.set_num_threads(previous)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[0][17], quant_matmul(x[17], weight, impl="native"))
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("shape", [(0, 20), (2, 0, 20), (20,), (2, 3, 20)], ids=str)
+def test_leading_shapes(impl, shape):
+    weight = quantize(random(7, 20), "int4")
+    x = random(*shape, requires_grad=True)
+    y = quant_matmul(x, weight, impl=impl)
+    assert y.shape == (*shape[:-1], 7)
+    y.sum().backward()
+    assert x.grad.shape == shape
+
+
+def test_strides_do_not_matter():
+    weight = quantize(random(7, 20), "int8")
+    x = random(20, 3, 5).permute(2, 1, 0)
+    wide = random(5, 40)[:, ::2]
+    for view in (x, wide, wide[:1].expand(4, 20)):
+        expected = quant_matmul(view.contiguous(), weight, impl="native")
+        assert torch.equal(quant_matmul(view, weight, impl="native"), expected)
+    transposed = dataclasses.replace(weight, packed=weight.packed.T.contiguous().T)
+    assert torch.equal(
+        quant_matmul(wide, transposed, impl="native"), quant_matmul(wide, weight, impl="native")
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    scheme=st.sampled_from(SCHEMES),
+    m=st.integers(1, 20),
+    n=st.integers(1, 150),
+    k=st.integers(1, 300),
+    group=st.sampled_from((32, 64, 128)),
+    name=st.sampled_from(SETS),
+)
+def test_any_shape(scheme, m, n, k, group, name):
+    _C.force_cpu(name)
+    check(quantize(random(n, k), scheme, group), random(m, k), random(n))
+    _C.force_cpu("")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_native_dequantize_is_the_definition(name, dtype):
+    """The index and level functions that the CUDA kernel is made of, run on the CPU."""
+    weight = quantize(random(9, 131), name, 64)
+    ours = native.dequantize(
+        weight.packed, weight.scales, weight.zero_points, name, weight.group_size, 131, dtype
+    )
+    assert torch.equal(ours, weight.dequantize(dtype))
+
+
+def operator_arguments(scheme):
+    weight = quantize(random(10, 36), scheme, 32)
+    x, bias = random(3, 36, requires_grad=True), random(10, requires_grad=True)
+    parts = (weight.packed, weight.scales, weight.zero_points)
+    return x, *parts, bias, weight.scheme, weight.group_size, ""
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4_asym_a16"])
+def test_registered_operators(scheme):
+    arguments = operator_arguments(scheme)
+    torch.library.opcheck(torch.ops.llmos_fast.quant_matmul.default, arguments)
+    parts = (*arguments[1:4], scheme, arguments[6], 36, torch.bfloat16)
+    torch.library.opcheck(torch.ops.llmos_fast.dequantize.default, parts)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4_asym", "nf4"])
+def test_compiles_as_one_graph(scheme):
+    weight = quantize(random(10, 36), scheme, 32)
+    bias = random(10, requires_grad=True)
+
+    def layer(x):
+        return quant_matmul(x, weight, bias, activation="gelu")
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = random(3, 36, requires_grad=True)
+    eager, ours = layer(x), compiled(x)
+    assert torch.allclose(ours, eager, atol=1e-6)
+    gradients = [torch.autograd.grad(y.sum(), (x, bias)) for y in (ours, eager)]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), layer(x), atol=1e-6)
+
+
+def test_float64_takes_the_reference():
+    weight = quantize(random(4, 8), "int8")
+    refusals = dispatch.explain(quant_matmul, random(2, 8).double(), weight)
+    assert [r.implementation for r in refusals if r.reason is None] == ["reference"]
+    with pytest.raises(ValueError, match=r"quant_matmul\(impl='native'\).*float64"):
+        quant_matmul(random(2, 8).double(), weight, impl="native")
+    assert quant_matmul(random(2, 8).double(), weight).dtype == torch.float64
+
+
+WEIGHT = quantize(torch.ones(4, 64), "int4", 32)
+X = torch.ones(2, 64)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "rest", "message"),
+    [
+        (X.int(), WEIGHT, {}, "x must be float32, .*, got torch.int32"),
+        (torch.ones(2, 63), WEIGHT, {}, r"x must have 64 .*, got \(2, 63\)"),
+        (torch.tensor(1.0), WEIGHT, {}, r"x must have 64 .*, got \(\)"),
+        (X.to("meta"), WEIGHT, {}, "x must be on qweight's device cpu, got meta"),
+        (X, torch.ones(4, 64), {}, "qweight must be a QuantizedWeight, got Tensor"),
+        (X, WEIGHT, {"bias": torch.ones(5)}, r"bias must have shape \(4,\), got \(5,\)"),
+        (X, WEIGHT, {"bias": torch.ones(4).half()}, "bias must be .*, got torch.float16"),
+        (X, WEIGHT, {"bias": torch.ones(4, device="meta")}, "bias must be on .* got meta"),
+        (X, WEIGHT, {"activation": "tanh"}, "activation must be one of .*, got 'tanh'"),
+        (X, {"group_size": 48}, {}, "qweight.group_size must be 32, 64 or 128 for int4, got 48"),
+        (X, {"group_size": 64}, {}, r"qweight.scales must be torch.float32 \(4, 1\)"),
+        (X, {"scales": torch.ones(4, 2).half()}, {}, "qweight.scales must be torch.float32"),
+        (X, {"packed": torch.ones(4, 32)}, {}, "qweight.packed must be torch.uint8"),
+        (X, {"zero_points": torch.ones(4, 2)}, {}, "qweight.zero_points must be given for"),
+        (X, {"scheme": "int8"}, {}, r"qweight.group_size must be 64 \(whole rows\) for int8"),
+        (X, {"scheme": "int5"}, {}, "scheme must be one of"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_bad_input_is_refused(x, weight, rest, message):
+    if isinstance(weight, dict):
+        weight = dataclasses.replace(WEIGHT, **weight)
+    with pytest.raises(ValueError, match=f"(quant_matmul|quantize): {message}"):
+        quant_matmul(x, weight, **rest)
+
+
+def test_scales_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match=r"QuantizedWeight: scales must be finite, got 2 of inf"):
+        dataclasses.replace(
+            WEIGHT, scales=torch.ones(4, 2) / torch.eye(4, 2).logical_not()
+        ).check_values()

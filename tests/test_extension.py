@@ -1,0 +1,50 @@
+"""The compiled extension: one OpenMP runtime, torch's thread count, no instruction beyond the CPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmos_fast import _C, ops
+
+
+def test_one_openmp_runtime_is_mapped():
+    ops.dropout(torch.ones(100, 100), 0.5)
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system has no /proc/self/maps")
+    libraries = {line.split()[-1] for line in maps.read_text().splitlines() if ".so" in line}
+    openmp = {p for p in libraries if Path(p).name.startswith(("libgomp", "libomp", "libiomp"))}
+    assert len(openmp) == 1, openmp
+
+
+def test_torch_sets_the_number_of_threads():
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert _C.max_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_more_threads_are_started(threads):
+    code = (
+        "import torch, os; torch.set_num_threads(%d)\n"
+        "from llmos_fast import ops\n"
+        "torch.ones(512, 512) @ torch.ones(512, 512); (torch.ones(10**6) + 1).sum()\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "for _ in range(3): ops.dropout(torch.ones(512, 512), 0.5)\n"
+        "print(len(os.listdir('/proc/self/task')) - before)"
+    ) % threads
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout) == 0
+
+
+def test_sets_end_with_generic_and_refuse_nonsense():
+    assert _C.cpu_sets()[-1] == "generic"
+    with pytest.raises(ValueError, match="sse9 is not one of: avx512 avx2 generic"):
+        _C.force_cpu("sse9")
