@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn as torch_nn
+from torch.utils.checkpoint import checkpoint
 
 from llmos_fast import nn, ops
 
@@ -145,7 +146,11 @@ def test_scattered_padding_gives_zeros_too(copies):
     hidden, x = torch.rand(2, 9) < 0.5, torch.randn(2, 9, E)
     hidden[:, 3] = False
     want = theirs(x, src_key_padding_mask=hidden).masked_fill(hidden[..., None], 0.0)
-    for mask in (hidden, torch.zeros(2, 9).masked_fill(hidden, -torch.inf)):
+    for mask in (
+        hidden,
+        hidden.T.contiguous().T,
+        torch.zeros(2, 9).masked_fill(hidden, -torch.inf),
+    ):
         torch.testing.assert_close(mine(x, src_key_padding_mask=mask), want)
 
 
@@ -402,3 +407,36 @@ def test_any_options(
         hidden = (hidden if batch_first else hidden.T)[..., None]
         out, want = out.masked_fill(hidden, 0.0), want.masked_fill(hidden, 0.0)
     torch.testing.assert_close(out, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, E), (2, 0, E)], ids=["batch", "seq"])
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+def test_empty_inputs(copies, shape, norm_first):
+    mine, _ = stack(copies, batch_first=True, norm_first=norm_first)
+    x = torch.randn(shape, requires_grad=True)
+    out = mine(x, src_key_padding_mask=torch.zeros(shape[:2], dtype=torch.bool))
+    assert out.shape == shape
+    out.sum().backward()
+
+
+def test_checkpointing_draws_the_same_dropout(copies):
+    mine, _ = stack(copies)
+    for module in mine.modules():
+        if isinstance(module, torch_nn.Dropout):
+            module.p = 0.3
+    gradients = []
+    for run in (mine, functools.partial(checkpoint, mine, use_reentrant=False)):
+        x = torch.ones(5, 2, E, requires_grad=True)
+        torch.manual_seed(1)
+        run(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_inference_mode(copies):
+    mine, _ = stack(copies, batch_first=True)
+    x = torch.randn(2, 5, E)
+    want = mine(x, src_key_padding_mask=padding([5, 2], 5))
+    with torch.inference_mode():
+        out = mine(x, src_key_padding_mask=padding([5, 2], 5))
+    torch.testing.assert_close(out, want)
