@@ -14,6 +14,7 @@ from llmos_fast.nn.cache import LayerCache
 from llmos_fast.nn.layout import UNBATCHED, batch_and_length, from_heads, layout_of, to_heads
 from llmos_fast.nn.masks import Given, Masks
 from llmos_fast.nn.positions import rotary_tables
+from llmos_fast.nn.weights import attention_with_weights
 
 
 class QuantizeWeight(Protocol):
@@ -288,6 +289,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
 
     @property
+    def _dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    @property
     def _kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
 
@@ -384,27 +389,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             key_lengths=masks.key_lengths,
             cu_seqlens=None if masks.packed is None else masks.packed.cu_seqlens,
             window=window,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self._dropout_p,
         )
 
     def _attend_with_weights(
         self, q: Tensor, k: Tensor, v: Tensor, masks: Masks
     ) -> tuple[Tensor, Tensor]:
-        """Heads of the output, and Float[batch heads seq_q seq_k] that they were weighted with."""
         k, v, masks, window = self._with_extra_keys(q, k, v, masks)
-        group = self.num_heads // self._kv_heads
-        if group > 1:
-            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        scores = (q * self.head_dim**-0.5) @ k.transpose(-1, -2)
-        if masks.bias is not None:
-            scores = scores + masks.bias.to(scores.dtype)
-        visible = masking.visible_pairs(masks, window, q, k.shape[2])
-        scores = scores.masked_fill(~visible, -torch.inf)
-        # softmax of a row of -inf is NaN
-        empty = (scores == -torch.inf).all(dim=-1, keepdim=True)
-        weights = scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
-        weights = ops.dropout(weights, self.dropout if self.training else 0.0)
-        return weights.to(v.dtype) @ v, weights
+        return attention_with_weights(q, k, v, masks, window, self._dropout_p)
 
     def _with_extra_keys(
         self, q: Tensor, k: Tensor, v: Tensor, masks: Masks

@@ -172,7 +172,9 @@ def is_transparent(stack: nn.Module, layer_type: type[nn.Module]) -> bool:
 
 
 def _is_row_wise(module: nn.Module) -> bool:
-    """True for a plain module that treats every position alike, and attention."""
+    """True for a plain module that treats every position alike, and attention without more keys."""
+    if isinstance(module, MultiheadAttention) and module.extra_keys > 0:
+        return False
     return plain.is_plain(module, *_ROW_WISE) and all(
         _is_row_wise(part) for part in module._modules.values() if part is not None
     )

@@ -106,7 +106,7 @@ def resolve(
         view = attn_mask if attn_mask.dim() == 2 else attn_mask.view(-1, heads, seq_q, seq_k)
         mask, bias = (~view, None) if attn_mask.dtype == torch.bool else (None, view)
     if key_padding_mask is not None:
-        rows = key_padding_mask.view(-1, 1, 1, seq_k)
+        rows = _rows(key_padding_mask)[:, None, None]
         kind, lengths, _ = inspect_padding(key_padding_mask)
         # with a cache, queries are counted from the last key, and lengths would move that end
         if kind == "scattered" or (kind == "prefix" and cached):
@@ -202,7 +202,7 @@ def _read_attn_mask(attn_mask: Tensor) -> str:
 
 
 def _read_padding(key_padding_mask: Tensor) -> Padding:
-    rows = key_padding_mask.view(-1, key_padding_mask.shape[-1])
+    rows = _rows(key_padding_mask)
     hidden = hidden_positions(rows)
     if rows.is_floating_point() and not torch.equal(hidden, rows != 0):
         return Padding("bias")
@@ -217,6 +217,11 @@ def _read_padding(key_padding_mask: Tensor) -> Padding:
     )
 
 
+def _rows(key_padding_mask: Tensor) -> Tensor:
+    """[batch seq_k], with a batch of 1 for a mask without one."""
+    return key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask.unsqueeze(0)
+
+
 def _can_read(mask: Tensor) -> bool:
     """Values may be looked at: nobody traces, nobody differentiates with respect to them."""
     return (
@@ -224,6 +229,7 @@ def _can_read(mask: Tensor) -> bool:
         and not is_in_torch_dispatch_mode()
         and type(mask) is Tensor
         and not mask.requires_grad
+        and not mask.is_meta
     )
 
 

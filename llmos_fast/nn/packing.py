@@ -53,7 +53,7 @@ class Packing:
 
 
 def make_packing(given: Given, x: Tensor) -> Packing | None:
-    """A packing for ``x``, Float[batch seq features]; None where the masks forbid it or it loses."""
+    """A packing for ``x``, Float[batch seq features]; None where masks forbid it or it loses."""
     attn_mask, key_padding_mask, is_causal = given
     kind = "open" if attn_mask is None or is_causal else attn_mask_kind(attn_mask)
     if key_padding_mask is None or kind == "other":

@@ -14,9 +14,13 @@ OPTIONS = {
     "kv_heads": {"num_kv_heads": 2},
     "window": {"window": (3, 0)},
     "llama": {
-        "norm_first": True, "rotary": True, "num_kv_heads": 1, "norm": "rms", "activation": "swiglu",
+        "norm_first": True,
+        "rotary": True,
+        "num_kv_heads": 1,
+        "norm": "rms",
+        "activation": "swiglu",
     },
-}  # fmt: skip
+}
 
 
 def padding(lengths, seq):
@@ -161,19 +165,21 @@ def test_attention_weights_with_a_cache():
     torch.testing.assert_close(weights, want_weights[:, 4:])
 
 
-def test_refusals():
+def test_gradients_are_refused():
     model = encoder(batch_first=True)
     with pytest.raises(ValueError, match="need no gradient"):
         model(sequence(3, True), cache=model.new_cache(3))
-    with torch.no_grad():
-        with pytest.raises(ValueError, match="batch size must be 2, got 3"):
-            model(sequence(3, True), cache=model.new_cache(2))
-        with pytest.raises(ValueError, match="key_padding_mask must be bool of shape"):
-            mask = torch.zeros(3, 4)
-            model(sequence(3, True), src_key_padding_mask=mask, cache=model.new_cache(3))
-        with pytest.raises(ValueError, match="memory must be given in the first call"):
-            stack = decoder()
-            stack(sequence(3, False), None, cache=stack.new_cache(3))
+
+
+@torch.no_grad()
+def test_refusals():
+    model, stack, x = encoder(batch_first=True), decoder(), sequence(3, True)
+    with pytest.raises(ValueError, match="batch size must be 2, got 3"):
+        model(x, cache=model.new_cache(2))
+    with pytest.raises(ValueError, match="key_padding_mask must be bool of shape"):
+        model(x, src_key_padding_mask=torch.zeros(3, 4), cache=model.new_cache(3))
+    with pytest.raises(ValueError, match="memory must be given in the first call"):
+        stack(x, None, cache=stack.new_cache(3))
     with pytest.raises(ValueError, match="max_length must be positive"):
         model.new_cache(3, 0)
 

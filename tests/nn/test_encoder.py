@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn as torch_nn
+from torch.utils.checkpoint import checkpoint
 
 from llmos_fast import nn, ops
 
@@ -83,13 +84,13 @@ def test_stack_agrees_with_torch(agree, copies, batch_first, norm_first, masked,
     valid = None if hidden is None else ~hidden if batch_first else ~hidden.T
     if lengths is not None and 0 in lengths:
         # torch.nn gives NaN for a sequence without a key: its row is compared with nothing
-        theirs = _without_row(theirs, 0 if batch_first else 1, lengths.index(0))
+        theirs = WithoutRow(theirs, 0 if batch_first else 1, lengths.index(0))
     x = torch.randn(3, 9, E) if batch_first else torch.randn(9, 3, E)
     kwargs = {"mask": causal_mask(9) if masked else None, "src_key_padding_mask": hidden}
     agree(mine, theirs, [x], kwargs, valid=valid)
 
 
-class _without_row(torch_nn.Module):  # noqa: N801
+class WithoutRow(torch_nn.Module):
     """A torch.nn stack that sees every sequence but one, with the same parameter names."""
 
     def __init__(self, stack, batch_dim, row):
@@ -145,7 +146,11 @@ def test_scattered_padding_gives_zeros_too(copies):
     hidden, x = torch.rand(2, 9) < 0.5, torch.randn(2, 9, E)
     hidden[:, 3] = False
     want = theirs(x, src_key_padding_mask=hidden).masked_fill(hidden[..., None], 0.0)
-    for mask in (hidden, torch.zeros(2, 9).masked_fill(hidden, -torch.inf)):
+    for mask in (
+        hidden,
+        hidden.T.contiguous().T,
+        torch.zeros(2, 9).masked_fill(hidden, -torch.inf),
+    ):
         torch.testing.assert_close(mine(x, src_key_padding_mask=mask), want)
 
 
@@ -378,8 +383,11 @@ def test_any_options(
 ):
     torch.manual_seed(seed)
     options = {
-        "batch_first": batch_first, "norm_first": norm_first, "bias": bias, "activation": activation,
-    }  # fmt: skip
+        "batch_first": batch_first,
+        "norm_first": norm_first,
+        "bias": bias,
+        "activation": activation,
+    }
     mine = _stack(nn.TransformerEncoderLayer, nn.TransformerEncoder, 2, True, True, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -399,3 +407,36 @@ def test_any_options(
         hidden = (hidden if batch_first else hidden.T)[..., None]
         out, want = out.masked_fill(hidden, 0.0), want.masked_fill(hidden, 0.0)
     torch.testing.assert_close(out, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, E), (2, 0, E)], ids=["batch", "seq"])
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+def test_empty_inputs(copies, shape, norm_first):
+    mine, _ = stack(copies, batch_first=True, norm_first=norm_first)
+    x = torch.randn(shape, requires_grad=True)
+    out = mine(x, src_key_padding_mask=torch.zeros(shape[:2], dtype=torch.bool))
+    assert out.shape == shape
+    out.sum().backward()
+
+
+def test_checkpointing_draws_the_same_dropout(copies):
+    mine, _ = stack(copies)
+    for module in mine.modules():
+        if isinstance(module, torch_nn.Dropout):
+            module.p = 0.3
+    gradients = []
+    for run in (mine, functools.partial(checkpoint, mine, use_reentrant=False)):
+        x = torch.ones(5, 2, E, requires_grad=True)
+        torch.manual_seed(1)
+        run(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_inference_mode(copies):
+    mine, _ = stack(copies, batch_first=True)
+    x = torch.randn(2, 5, E)
+    want = mine(x, src_key_padding_mask=padding([5, 2], 5))
+    with torch.inference_mode():
+        out = mine(x, src_key_padding_mask=padding([5, 2], 5))
+    torch.testing.assert_close(out, want)
