@@ -51,7 +51,8 @@ struct Rows {
 
 template <typename T>
 void quantize_row(const T* x, int64_t k, bool interleave, const Plan& plan, int64_t group_size,
-                  int8_t* out, int32_t* sums, float* scale, float* buffer) {
+                  int8_t* out, int32_t* sums, float* scale) {
+  float* buffer = static_cast<float*>(thread_scratch(Scratch::kTile, sizeof(float) * k));
   uint32_t largest = 0;  // as bits of |x|: integer order is float order, with inf and NaN on top
   for (int64_t i = 0; i < k; ++i) {
     buffer[i] = load(&x[i]);
@@ -288,24 +289,24 @@ void run_typed(const QuantMatmul& c) {
   const T* x = static_cast<const T*>(c.x);
   T* out = static_cast<T*>(c.out);
 
+  // A few rows are prepared by this thread alone: where cores are shared, a barrier more can cost
+  // a time slice.
+#pragma omp parallel for schedule(static) if (c.m * k > 1 << 15)
+  for (int64_t row = 0; row < c.m; ++row)
+    if (c.integer)
+      quantize_row(x + row * k, k, per_word == 8, plan, c.weight.group_size,
+                   integers + row * plan.stride, sums + row * plan.groups, scales + row);
+    else
+      widen_row(x + row * k, k, plan, floats + row * plan.stride);
+
 #pragma omp parallel if (c.m * n * k > 1 << 16)
   {
-    char* own = static_cast<char*>(
-        thread_scratch(Scratch::kTile, tile_size > 4 * k ? tile_size : 4 * k));
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < c.m; ++row)
-      if (c.integer)
-        quantize_row(x + row * k, k, per_word == 8, plan, c.weight.group_size,
-                     integers + row * plan.stride, sums + row * plan.groups, scales + row,
-                     reinterpret_cast<float*>(own));
-      else
-        widen_row(x + row * k, k, plan, floats + row * plan.stride);
-
+    char* own = static_cast<char*>(thread_scratch(Scratch::kTile, tile_size));
     Tile tile;
     tile.panels = take<uint8_t>(own, Tile::kPanels * plan.words * 64);
     tile.scales = take<float>(own, scale_count);
     tile.zeros = take<int32_t>(own, scale_count);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t task = 0; task < tiles * blocks; ++task) {
       const int64_t first = task / blocks * Tile::kColumns;
       const int64_t count = S::min(n - first, Tile::kColumns);
