@@ -34,6 +34,11 @@ def dropout_arguments(seed: Tensor | None, p: float) -> tuple[int, int, float]:
 
 def refusal(*tensors: Tensor | None) -> str | None:
     """Why these tensors cannot go to a CPU kernel; None where they can."""
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "needs tensors outside of torch.func transforms"
+        if torch._C._get_tracing_state() is not None:
+            return "needs tensors outside of torch.jit.trace"
     for tensor in tensors:
         if tensor is None:
             continue

@@ -57,7 +57,7 @@ def probability(op: str, argument: str, value: float) -> None:
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast, fp32 and 16-bit tensors in its dtype, as torch's own products do."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -251,6 +251,31 @@ def test_opcheck():
         torch.library.opcheck(function, plain)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_shapes_on_the_meta_device(op):
+    tensors, options = _case(op)
+    meta = {name: t.detach().to("meta") for name, t in tensors.items()}
+    result = getattr(ops, op)(**meta, **{**options, "impl": "auto"})
+    expected = getattr(ops, op)(**tensors, **options)
+    if not isinstance(result, tuple):
+        result, expected = (result,), (expected,)
+    assert [r.shape for r in result] == [e.shape for e in expected]
+
+
+def test_torch_func_and_tracing_take_the_definition():
+    x, weight = random(5, 4), random(3, 4)
+
+    def loss(w):
+        return ops.linear(x, w).square().sum()
+
+    gradient = torch.func.grad(loss)(weight)
+    leaf = weight.clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(gradient, leaf.grad)
+    each = torch.func.vmap(lambda row: ops.linear(row, weight))(x)
+    torch.testing.assert_close(each, ops.linear(x, weight))
+
+
 def test_bf16_and_fp64_take_the_expected_way():
     x = random(2, 3, dtype=torch.float64)
     assert explain(ops.linear, x, random(4, 3, dtype=torch.float64)) == [

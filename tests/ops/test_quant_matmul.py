@@ -8,42 +8,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmos_fast import _C, dispatch
+from llmos_fast import _C, dispatch, ops, reference
 from llmos_fast.native import quant_matmul as native
-from llmos_fast.ops.quant_matmul import ACTIVATIONS, quant_matmul
+from llmos_fast.ops.quant_matmul import ACTIVATIONS
 from llmos_fast.quantize import FORMATS, SCHEMES, QuantizedWeight, pack, quantize
-from llmos_fast.reference import quant_matmul as definition
 from llmos_fast.testing import assert_within_budget, random
 
 SETS = ("avx512", "avx2", "generic")
 SIZES = [(1, 1, 1), (7, 63, 253), (63, 7, 65), (13, 130, 128), (1, 253, 300), (2, 16, 32)]
 
 
-@pytest.fixture(params=SETS)
-def cpu_set(request):
-    if request.param not in _C.cpu_sets():
-        pytest.skip(f"this CPU has no {request.param}")
-    _C.force_cpu(request.param)
-    yield request.param
-    _C.force_cpu("")
+quant_matmul = ops.quant_matmul
 
 
 def check(weight, x, bias=None, activation=None, impl="native"):
     """Within the budget: outputs, and the gradients that x and bias ask for."""
-    if bias is None:
-        inputs = [x]
-        op = partial(quant_matmul, qweight=weight, activation=activation)
-        truth = partial(definition.quant_matmul, qweight=weight, activation=activation)
-    else:
-        inputs = [x, bias]
-
-        def op(x, bias, impl):
-            return quant_matmul(x, weight, bias, activation=activation, impl=impl)
-
-        def truth(x, bias):
-            return definition.quant_matmul(x, weight, bias, activation=activation)
-
-    assert_within_budget(op, truth, inputs, impl=impl, reduction=weight.shape[1])
+    assert_within_budget(
+        quant_matmul,
+        reference.quant_matmul,
+        {"x": x, "bias": bias},
+        {"qweight": weight, "activation": activation},
+        impl=impl,
+        reduction=weight.shape[1],
+    )
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SIZES, ids=str)
@@ -151,7 +138,7 @@ def test_rows_that_are_zero_tiny_or_not_finite(cpu_set, scheme):
     assert torch.equal(y[0], bias.relu())
     assert bool(torch.isfinite(y[[0, 1, 4, 5]]).all())
     assert bool(torch.isnan(y[2:4]).all())
-    assert torch.equal(torch.isnan(y), torch.isnan(definition.quant_matmul(x, weight, bias)))
+    assert torch.equal(torch.isnan(y), torch.isnan(reference.quant_matmul(x, weight, bias)))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
