@@ -10,13 +10,14 @@ namespace llmos {
 
 enum class Activation : int { kNone = 0, kRelu, kRelu2, kGelu, kGeluTanh, kSilu };
 
-// x: (m, weight.k), rows contiguous; out: (m, weight.n); both fp32, or bf16 where `bf16` is set.
-// scales: fp32 (weight.n, groups); zeros: uint8 likewise (kInt4Asym), else null; bias: fp32 or null.
+// x: (m, weight.k), contiguous; out: (m, weight.n); both fp32, or bf16 where `bf16` is set.
+// scales: fp32 (weight.n, groups); zeros: uint8 likewise (kInt4Asym), else null; bias: fp32, null.
 //
 // integer = false:  y = sum_g scale[n, g] sum_{k in g} x[m, k] level(W[n, k])
-// integer = true:   the same with x replaced by s q, where, in fp32, a = max(max_k |x[m, k]|, 1e-30),
-//                   s = a / 127 and q = round_half_even(x * (127 / a)); sums over a group are exact.
-//                   A row with a non-finite x gives NaN. kInt8, kInt4 and kInt4Asym only; k <= 131072.
+// integer = true:   the same with x replaced by s q, where, in fp32,
+//                   a = max(max_k |x[m, k]|, 1e-30), s = a / 127, q = round_half_even(x (127 / a));
+//                   sums over a group are exact. A row with a non-finite x gives NaN.
+//                   kInt8, kInt4 and kInt4Asym only; k <= 131072.
 // Every sum is taken in the order of k, by one thread: results depend neither on m nor on threads.
 struct QuantMatmul {
   const void* x;

@@ -134,18 +134,15 @@ def _quant_matmul_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, scales, zero_points, bias, scheme, group_size, activation = inputs
-    if activation:  # forward() asks for none where gradients are wanted
-        ctx.set_materialize_grads(False)
     ctx.save_for_backward(packed, scales, zero_points)
     ctx.scheme, ctx.group_size, ctx.activation = scheme, group_size, activation
     ctx.columns = x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-    if ctx.activation:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.activation:  # forward() fuses none where gradients are wanted
         raise RuntimeError("llmos_fast::quant_matmul: no gradient through a fused activation")
-    assert gradient is not None
     packed, scales, zero_points = ctx.saved_tensors
     x_gradient = bias_gradient = None
     if ctx.needs_input_grad[0]:

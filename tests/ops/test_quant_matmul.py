@@ -57,7 +57,7 @@ def test_activations_and_gradients(cpu_set, activation, dtype):
     check(weight, x.requires_grad_(), bias.requires_grad_(), activation)
 
 
-@pytest.mark.parametrize("m", [1, 6, 7, 239, 240, 241])
+@pytest.mark.parametrize("m", [1, 6, 7, 257, 258, 259])
 @pytest.mark.parametrize("scheme", ["int8", "int4_asym", "nf4"])
 def test_around_the_sizes_of_tiles(cpu_set, scheme, m):
     check(quantize(random(65, 40), scheme, 32), random(m, 40))
@@ -144,7 +144,7 @@ def test_rows_that_are_zero_tiny_or_not_finite(cpu_set, scheme):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_results_depend_neither_on_threads_nor_on_batch(cpu_set, scheme):
     weight = quantize(random(200, 300), scheme, 64)
-    x = random(250, 300)
+    x = random(270, 300)
     previous = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):
@@ -237,6 +237,28 @@ def test_compiles_as_one_graph(scheme):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
     with torch.no_grad():
         assert torch.allclose(compiled(x), layer(x), atol=1e-6)
+
+
+def test_rows_of_a_weight_are_columns_of_the_result(cpu_set):
+    weight = quantize(random(40, 77), "int4_asym", 32)
+    x = random(3, 77)
+    part = quant_matmul(x, weight.rows(5, 28), impl="native")
+    assert torch.equal(part, quant_matmul(x, weight, impl="native")[:, 5:28])
+
+
+def test_other_devices_are_refused_with_a_sentence():
+    weight = quantize(random(4, 8), "int8").to("meta")
+    with pytest.raises(ValueError, match="needs a CPU or CUDA tensor, got meta"):
+        quant_matmul(random(2, 8).to("meta"), weight, impl="native")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where CUDA fails")
+def test_cuda_errors_name_the_kernel_and_the_shape():
+    cuda = pytest.importorskip("llmos_fast._CUDA", reason="the CUDA extension was not built")
+    with pytest.raises(RuntimeError, match=r"CUDA kernel dequantize of a \(3, 5\) weight: "):
+        cuda.dequantize(0, 0, 0, 0, 3, 5, 32, 1, "bfloat16", 0)
+    with pytest.raises(ValueError, match=r"dtype must be .*, got float64"):
+        cuda.dequantize(0, 0, 0, 0, 3, 5, 32, 1, "float64", 0)
 
 
 def test_float64_takes_the_reference():
