@@ -1,4 +1,4 @@
-"""Compiles csrc/ with ninja: ``llmos_fast._C`` (CPU) and, where nvcc is found, ``llmos_fast._CUDA``.
+"""Compile csrc/ with ninja: ``llmos_fast._C``, and ``llmos_fast._CUDA`` where nvcc is found.
 
 No torch is needed: the sources include no torch header, so one build serves every torch version.
 LLMOS_FAST_CUDA=0 skips the CUDA part. Without a C++ compiler the package installs all the same
@@ -18,7 +18,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wno-psabi"
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -Wall -Wno-psabi"
+CXX_FLAGS += " -fno-math-errno -fno-trapping-math"  # or the compiler keeps scalar code for errno
 # gcc 12's own intrinsics headers trip over it (gcc bug 105593)
 CXX_FLAGS += " -Wno-maybe-uninitialized " + os.environ.get("CXXFLAGS", "")
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -cudart=static"
@@ -42,7 +43,10 @@ def find_nvcc() -> str | None:
     """Path of nvcc, or None where there is none or LLMOS_FAST_CUDA=0 says not to use it."""
     if os.environ.get("LLMOS_FAST_CUDA") == "0":
         return None
-    candidates = [shutil.which("nvcc"), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc"]
+    candidates = [
+        shutil.which("nvcc"),
+        f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc",
+    ]
     return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
 
 
@@ -74,12 +78,13 @@ class NinjaBuildExt(build_ext):
         return Path(self.get_ext_fullpath(extension.name)).resolve()
 
     def _ninja_file(self, compiler: str) -> str:
+        nvcc = find_nvcc()
         includes = f"-I{ROOT / 'csrc'} -isystem {sysconfig.get_path('include')}"
         includes += f" -isystem {pybind11.get_include()}"
         lines = [
             f"rule cxx\n  command = {compiler} $flags {includes} -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc",
-            f"rule nvcc\n  command = {find_nvcc()} $flags {includes} -MMD -MF $out.d -c $in -o $out",
+            f"rule nvcc\n  command = {nvcc} $flags {includes} -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc",
             "rule link\n  command = $linker -shared $in -o $out $libraries",
         ]
@@ -93,7 +98,7 @@ class NinjaBuildExt(build_ext):
                     rule, flags = "nvcc", f"{NVCC_FLAGS} {cuda_architecture_flags()}"
                 lines.append(f"build {objects[-1]}: {rule} {ROOT / source}\n  flags = {flags}")
             lines.append(f"build {self._target(extension)}: link {' '.join(objects)}")
-            linker = f"{find_nvcc()} -cudart=static" if cuda else compiler
+            linker = f"{nvcc} -cudart=static" if cuda else compiler
             lines.append(f"  linker = {linker}\n  libraries = {'' if cuda else '-fopenmp'}")
         return "\n".join(lines) + "\n"
 

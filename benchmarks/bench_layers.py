@@ -105,7 +105,7 @@ EVALUATION = [(128, 4, 2, 32, 4), (256, 4, 4, 128, 8), (512, 8, 2, 512, 2), (768
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("shape", EVALUATION, ids=str)
 def bench_encoder(compare, smoke, shape, mode, padding):
-    """Forward passes, with ``padding`` of the positions hidden; torch.nn has its fast path in eval."""
+    """Forward passes, ``padding`` of the positions hidden; in eval torch.nn has a fast path."""
     if smoke and shape != EVALUATION[0]:
         pytest.skip("not in a smoke run")
     d_model, nhead, layers, seq, batch = shape

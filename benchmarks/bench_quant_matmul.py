@@ -12,7 +12,7 @@ SHAPES = [(64, 128), (768, 3072), (3072, 768), (4096, 4096)]  # in_features, out
 
 
 def int8_peers(x, weight):
-    """torch's own 8-bit products of the same numbers."""
+    """Torch's own 8-bit products of the same numbers."""
     quantized = quantize(weight, "int8")
     narrow_x, scales = x.bfloat16(), quantized.scales[:, 0].bfloat16()
     integers = torch.quantize_per_channel(
@@ -37,7 +37,7 @@ def int8_peers(x, weight):
 
 
 def int4_peers(x, weight):
-    """torch's own 4-bit product, groups of 128."""
+    """Torch's own 4-bit product, groups of 128."""
     if weight.shape[1] % 128:
         return {}
     quantized = quantize(weight, "int4")

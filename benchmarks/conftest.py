@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -63,7 +64,7 @@ def roofline(smoke: bool) -> Roofline:
         runs: list[Run] = [lambda a=a, b=b: a @ b]
         if dtype == torch.float32 and torch.backends.mkldnn.is_available():
             linear = torch.ops.mkldnn._linear_pointwise
-            runs.append(lambda a=a, b=b: linear(a, b, None, "none", [], ""))
+            runs.append(partial(linear, a, b, None, "none", [], ""))
         peak[dtype] = 2 * side**3 / min(best_time(run, 5) for run in runs)
     return Roofline(bandwidth, peak)
 
@@ -134,7 +135,9 @@ def step() -> Callable[..., Run]:
     return make
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
     machine_info["llmos_fast"] = versions() | machine()
 
 

@@ -1,7 +1,7 @@
 """Turn the JSON of a benchmark run into a Markdown table and a plot.
 
-    python -m benchmarks.report benchmarks/results/FILE.json             # the table, to stdout
-    python -m benchmarks.report benchmarks/results/FILE.json --plot speedup.png
+python -m benchmarks.report benchmarks/results/FILE.json             # the table, to stdout
+python -m benchmarks.report benchmarks/results/FILE.json --plot speedup.png
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _best_peer(info: dict[str, Any]) -> tuple[str, float]:
 
 
 def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
-    """(case, ours, fastest peer, its time, ratio, share of the machine's limit), losses included."""
+    """(case, ours, fastest peer, its time, ratio, share of the limit), losses included."""
     found = []
     for entry in report["benchmarks"]:
         info = entry["extra_info"]
@@ -51,7 +51,9 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
 def markdown(report: dict[str, Any]) -> str:
     """The machine, and a table with one line per case."""
     machine = report["machine_info"].get("llmos_fast", {})
-    facts = ", ".join(f"{key} {machine[key]}" for key in ("CPU", "torch", "threads") if key in machine)
+    facts = ", ".join(
+        f"{key} {machine[key]}" for key in ("CPU", "torch", "threads") if key in machine
+    )
     lines = [
         f"{report['datetime'][:10]}, {facts}, commit {report['commit_info']['id'][:10]}",
         "",

@@ -18,7 +18,7 @@ _LOW = 0xFFFFFFFF
 
 
 def draw_seed(p: float, device: torch.device) -> Tensor | None:
-    """Int64 seed of shape () from torch's generator, which torch.manual_seed sets; None if p = 0."""
+    """Int64[] seed from torch's generator, which torch.manual_seed sets; None if p = 0."""
     if p == 0.0:
         return None
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)

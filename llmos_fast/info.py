@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers")
 
 
 def versions() -> dict[str, str]:
-    """Versions of the project, Python and the packages that matter; "not installed" where absent."""
+    """Versions of the project, Python and the packages that matter."""
     found = {"llmos_fast": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -46,11 +46,19 @@ def machine() -> dict[str, str]:
         "CPU": f"{cpu_model()}, {os.cpu_count()} processors",
         "CPU kernels": _cpu_kernels(),
         "fp32 products": _products(),
-        "threads": f"{torch.get_num_threads()} (OMP_PROC_BIND={os.environ.get('OMP_PROC_BIND', '')})",
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees",
+        "threads": _threads(),
+        "GPU": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else "none that torch sees",
         "LLMOS_FAST_IMPL": os.environ.get("LLMOS_FAST_IMPL", ""),
         "LLMOS_FAST_CPU": os.environ.get("LLMOS_FAST_CPU", ""),
     }
+
+
+def _threads() -> str:
+    binding = os.environ.get("OMP_PROC_BIND", "")
+    advice = "" if binding else "; unbound, two may share a core: set OMP_PROC_BIND=close"
+    return f"{torch.get_num_threads()}{advice}"
 
 
 def _cpu_kernels() -> str:

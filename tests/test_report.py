@@ -24,7 +24,11 @@ RUN = {
         {
             "name": "bench_peak_memory[b]",
             "stats": {"median": 1.0},
-            "extra_info": {"peak_mib": 100.0, "peers_peak_mib": {"torch.nn": 150.0}, "ratio": 2 / 3},
+            "extra_info": {
+                "peak_mib": 100.0,
+                "peers_peak_mib": {"torch.nn": 150.0},
+                "ratio": 2 / 3,
+            },
         },
     ],
 }
@@ -38,7 +42,10 @@ def test_table_compares_with_the_fastest_peer_and_shows_losses():
 
 
 def test_other_files_are_refused(tmp_path):
-    for text, message in (("{", "must be JSON"), (json.dumps({}), "must come from --benchmark-json")):
+    for text, message in (
+        ("{", "must be JSON"),
+        (json.dumps({}), "must come from --benchmark-json"),
+    ):
         path = tmp_path / "x.json"
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -7,6 +7,6 @@ from llmos_fast.commands.terminal import console
 
 def info() -> None:
     """Say which implementations run on this machine, and why the others do not."""
-    from llmos_fast.info import report  # type: ignore[import-not-found]
+    from llmos_fast.info import report
 
     console().print(report(), markup=False)

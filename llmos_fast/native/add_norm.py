@@ -109,7 +109,7 @@ def _forward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, ctx.rms, ctx.eps, ctx.p, seed = inputs
+    x, _, weight, bias, ctx.rms, ctx.eps, ctx.p, seed = inputs
     _, total, mean, rstd = output
     ctx.x_is_bf16 = x.dtype == torch.bfloat16
     ctx.save_for_backward(weight, bias, seed, total, mean, rstd)

@@ -97,7 +97,9 @@ def _sequences(
     length_q, length_k = cu_q.diff().long(), cu_k.diff().long()
     zeros = torch.zeros_like(length_q)
     shift = length_k - length_q if causal == "bottom_right" else zeros
-    return torch.stack((zeros, cu_q[:-1].long(), length_q, cu_k[:-1].long(), length_k, shift), dim=1)
+    return torch.stack(
+        (zeros, cu_q[:-1].long(), length_q, cu_k[:-1].long(), length_k, shift), dim=1
+    )
 
 
 @lru_cache(maxsize=64)
@@ -153,9 +155,8 @@ class _Call:
         sinks = None if sinks is None else sinks.contiguous()
         sequences = _sequences(query, key, lengths, cu_q, cu_k, causal)
         self.tensors = (query, key, value, mask, bias, alibi, sinks, sequences, seed)
-        self.seq_q, self.heads_q = (
-            (query.shape[2], query.shape[1]) if query.dim() == 4 else query.shape[:2]
-        )
+        dense = query.dim() == 4
+        self.seq_q, self.heads_q = query.shape[2 if dense else 0], query.shape[1]
         self.query, self.key, self.value = query, key, value
         scores = _scores_shape(query, key)
         self.native = _C.AttentionCall(
@@ -191,7 +192,9 @@ class _Call:
     def empty_out(self) -> Tensor:
         """Output with heads inside rows, the layout in which the output projection reads it."""
         if self.query.dim() == 3:
-            return torch.empty(self.seq_q, self.heads_q, self.value.shape[-1], dtype=self.query.dtype)
+            return torch.empty(
+                self.seq_q, self.heads_q, self.value.shape[-1], dtype=self.query.dtype
+            )
         return _empty_rows_of_heads(self.query, self.value.shape[-1])
 
     def rows(self) -> tuple[int, ...]:
@@ -228,8 +231,8 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[T
         total, heads, _ = query.shape
         out = query.new_empty(total, heads, value.shape[-1])
         return out, query.new_empty(heads, total, dtype=torch.float32)
-    out = _empty_rows_of_heads(query, value.shape[-1])
-    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+    dense = _empty_rows_of_heads(query, value.shape[-1])
+    return dense, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

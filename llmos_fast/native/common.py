@@ -9,7 +9,6 @@ from torch import Tensor
 
 # torch is imported first, so that the extension finds torch's own OpenMP runtime already loaded
 from llmos_fast import _C
-
 from llmos_fast.dropout import keep_scale, threshold
 
 __all__ = ["_C", "address", "dropout_arguments", "dtype_code", "refusal", "second_order"]
@@ -52,7 +51,10 @@ def refusal(*tensors: Tensor | None) -> str | None:
 
 
 def second_order(
-    definition: Any, tensors: dict[str, Tensor | None], rest: dict[str, Any], gradients: tuple[Any, ...]
+    definition: Any,
+    tensors: dict[str, Tensor | None],
+    rest: dict[str, Any],
+    gradients: tuple[Any, ...],
 ) -> dict[str, Tensor | None]:
     """Gradients that can be differentiated again, computed through the op's definition.
 

@@ -68,7 +68,7 @@ def differentiable(
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    eager = type(name, (torch.autograd.Function,), members)
+    eager: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Any:
         if not is_plain(arguments):

@@ -17,7 +17,7 @@ _OP = "attention"
 
 
 class PackedLengths(NamedTuple):
-    """Where packed sequences begin: ``cu_seqlens_q`` and ``_k`` are Int32[sequences + 1], from 0."""
+    """Where packed sequences begin; ``cu_seqlens_*`` are Int32[sequences + 1], from 0."""
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
@@ -107,7 +107,7 @@ def attention(
         check.shape(_OP, "alibi_slopes", alibi_slopes, expected, "batch heads_q")
     check.probability(_OP, "dropout_p", dropout_p)
     check.require(softcap >= 0.0, _OP, "softcap", "be at least 0", softcap)
-    return select(
+    return select(  # type: ignore[no-any-return]
         _OP,
         impl,
         query=query,
@@ -130,8 +130,9 @@ def attention(
 
 
 def _alignment(causal: bool | str) -> str:
-    if causal in (False, True, "top_left", "bottom_right"):
-        return {False: "", True: "top_left"}.get(causal, causal)  # type: ignore[call-overload,no-any-return]
+    names: dict[bool | str, str] = {False: "", True: "top_left"}
+    if causal in names or causal in ("top_left", "bottom_right"):
+        return names.get(causal, str(causal))
     rule = 'be False, True, "top_left" or "bottom_right"'
     raise ValueError(f"{_OP}: causal must {rule}, got {causal!r}")
 
@@ -140,7 +141,9 @@ def _window(window: tuple[int, int] | None) -> tuple[int, int]:
     if window is None:
         return (-1, -1)
     left, right = window
-    check.require(left >= -1 and right >= -1, _OP, "window", "have sides of -1 (open) or more", window)
+    check.require(
+        left >= -1 and right >= -1, _OP, "window", "have sides of -1 (open) or more", window
+    )
     return (left, right)
 
 

@@ -42,7 +42,9 @@ def same_dtype(op: str, **tensors: Tensor | None) -> None:
             require(False, op, argument, f"have the dtype of {first}, {dtype}", tensor.dtype)
 
 
-def shape(op: str, argument: str, tensor: Tensor | None, expected: Sequence[int], names: str) -> None:
+def shape(
+    op: str, argument: str, tensor: Tensor | None, expected: Sequence[int], names: str
+) -> None:
     """``tensor`` has exactly the ``expected`` sizes, called ``names`` in the message."""
     if tensor is not None and tuple(tensor.shape) != tuple(expected):
         rule = f"have shape ({names}) = {tuple(expected)}"

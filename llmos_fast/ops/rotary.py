@@ -52,8 +52,8 @@ def rotary(
     half = cos.shape[-1]
     rule = f"be at most head_dim / 2 = {head_dim / 2}"
     check.require(2 * half <= head_dim, _OP, "last dimension of cos", rule, half)
-    expected = (seq, half) if cos.dim() == 2 else (batch, seq, half)
-    check.shape(_OP, "cos", cos, expected, "[batch] seq rotary_dim/2")
+    angles = (seq, half) if cos.dim() == 2 else (batch, seq, half)
+    check.shape(_OP, "cos", cos, angles, "[batch] seq rotary_dim/2")
     check.shape(_OP, "sin", sin, cos.shape, "that of cos")
     return select(  # type: ignore[no-any-return]
         _OP, impl, query=query, key=key, cos=cos, sin=sin, interleaved=interleaved

@@ -25,7 +25,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     if interleaved:
         a, b = upcast(turned[..., 0::2]), upcast(turned[..., 1::2])
     else:
-        a, b = (upcast(half) for half in turned.chunk(2, dim=-1)) if rotary_dim else (turned, turned)
+        a, b = (
+            (upcast(half) for half in turned.chunk(2, dim=-1)) if rotary_dim else (turned, turned)
+        )
     cos, sin = cos.to(a.dtype), sin.to(a.dtype)
     rotated = (a * cos - b * sin, b * cos + a * sin)
     turned = torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)

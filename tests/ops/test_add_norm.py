@@ -16,7 +16,9 @@ def check(shape, kind="layer", dropout_p=0.0, dtype=torch.float32, residual=True
     tensors = {
         "x": random(*shape, dtype=dtype, **grad),
         "residual": random(*shape, dtype=residual_dtype or dtype, **grad) if residual else None,
-        "weight": random(shape[-1], dtype=residual_dtype or dtype, **grad) if "w" in affine else None,
+        "weight": random(shape[-1], dtype=residual_dtype or dtype, **grad)
+        if "w" in affine
+        else None,
         "bias": random(shape[-1], dtype=residual_dtype or dtype, **grad) if "b" in affine else None,
     }
     options = {"kind": kind, "dropout_p": dropout_p}

@@ -123,7 +123,8 @@ def test_gradients_of_gradients(op):
 
     tensors, options = _case(op)
     wide = {
-        n: t.detach().double().requires_grad_() if t.requires_grad else t for n, t in tensors.items()
+        n: t.detach().double().requires_grad_() if t.requires_grad else t
+        for n, t in tensors.items()
     }
     truth = second(*_differentiable(getattr(reference, op), (wide, options)))
     eager = second(*_differentiable(getattr(reference, op), (tensors, options)))
@@ -164,7 +165,9 @@ def test_compiles_in_one_graph(op, dtype):
         assert torch.equal(gradient, eager_gradients[name]), name
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("linear", "linear_cross_entropy", "rotary")])
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if op not in ("linear", "linear_cross_entropy", "rotary")]
+)
 def test_compiled_dropout_draws_anew(op):
     torch._dynamo.reset()
     tensors, options = _case(op)
@@ -186,7 +189,9 @@ def test_autocast_casts_to_bf16(op):
     result = result[0] if isinstance(result, tuple) else result
     assert result.dtype == (torch.float32 if op == "linear_cross_entropy" else torch.bfloat16)
     result.float().sum().backward()
-    assert all(t.grad.dtype == torch.float32 for t in tensors.values() if t is not None and t.requires_grad)
+    assert all(
+        t.grad.dtype == torch.float32 for t in tensors.values() if t is not None and t.requires_grad
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -209,7 +214,7 @@ def test_same_seed_same_bits_and_thread_count_does_not_matter(op):
 
 
 def _registered_calls():
-    """Every registered op with arguments for it, recorded from real calls under a fake-free mode."""
+    """Every registered op with arguments for it, recorded from real calls."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     calls = {}
@@ -224,7 +229,9 @@ def _registered_calls():
         tensors, options = _case(op)
         for extra in ({"reduction": "none"}, {}) if op == "linear_cross_entropy" else ({},):
             with Record():
-                outputs_and_gradients(getattr(ops, op), tensors, options | extra | {"impl": "native"})
+                outputs_and_gradients(
+                    getattr(ops, op), tensors, options | extra | {"impl": "native"}
+                )
     return calls
 
 

@@ -22,7 +22,9 @@ def check_ffn(rows, features, hidden, out, activation, dropout_p, dtype, bias=Tr
     options = {"activation": activation, "dropout_p": dropout_p}
     # the gradient of w1 sums over rows, of x over hidden; two products in a row
     reduction = 2 * max(hidden, features, out, torch.Size(rows).numel(), 1)
-    assert_within_budget(ops.ffn, reference.ffn, tensors, options, impl="native", reduction=reduction)
+    assert_within_budget(
+        ops.ffn, reference.ffn, tensors, options, impl="native", reduction=reduction
+    )
 
 
 def check_gated(rows, features, hidden, out, activation, dropout_p, dtype, bias=True):

@@ -105,7 +105,10 @@ def test_backward_twice_and_scaled():
 
 
 BAD = [
-    ({"target": torch.tensor([0, 9])}, "target must be in \\[0, 9\\) or ignore_index = -100, got 9"),
+    (
+        {"target": torch.tensor([0, 9])},
+        "target must be in \\[0, 9\\) or ignore_index = -100, got 9",
+    ),
     ({"target": torch.tensor([0, -1])}, "target must be in"),
     ({"target": torch.tensor([0])}, "target must have shape"),
     ({"target": torch.tensor([0, 1], dtype=torch.int32)}, "target must be int64"),

@@ -1,7 +1,6 @@
 """quant_matmul against its definition: every scheme, instruction set and awkward size."""
 
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
