@@ -228,7 +228,7 @@ def _forward_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     if query.dim() == 3:
-        total, heads, _ = query.shape
+        total, heads = query.shape[:2]
         out = query.new_empty(total, heads, value.shape[-1])
         return out, query.new_empty(heads, total, dtype=torch.float32)
     dense = _empty_rows_of_heads(query, value.shape[-1])

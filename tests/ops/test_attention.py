@@ -63,8 +63,11 @@ def make_call(shape, features, dtype, requires_grad=True):
 
 def check(shape, features, dtype, impl="native"):
     tensors, options = make_call(shape, features, dtype)
-    # the gradient of a broadcast bias sums over everything
-    reduction = shape[0] * shape[1] * shape[3] * shape[4] if "bias" in features else max(shape)
+    batch, heads_q, heads_kv, seq_q, seq_k, *_ = shape
+    # the gradient of a key sums over a group's queries, of a broadcast bias over everything
+    reduction = max(*shape, heads_q // heads_kv * seq_q)
+    if "bias" in features:
+        reduction = batch * heads_q * seq_q * seq_k
     assert_within_budget(
         ops.attention, reference.attention, tensors, options, impl=impl, reduction=reduction
     )
