@@ -93,11 +93,11 @@ def select(op: str, impl: str, **call: Any) -> Any:
 
 def _forward(module: ModuleType, call: dict[str, Any]) -> Any:
     # the op has cast its arguments: autocast must not cast again what is computed on the way
+    if not torch._C._is_any_autocast_enabled():
+        return module.forward(**call)
     device = next(v.device.type for v in call.values() if isinstance(v, torch.Tensor))
-    if device != "meta" and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return module.forward(**call)
-    return module.forward(**call)
+    with torch.autocast(device, enabled=False):
+        return module.forward(**call)
 
 
 def _refusal(candidate: Implementation, call: dict[str, Any]) -> str | None:

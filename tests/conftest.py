@@ -1,7 +1,14 @@
 """Seeds, poisoned allocations and the fixtures that every test folder shares."""
 
+import os
+
 import pytest
 import torch
+from hypothesis import settings
+
+# a change is judged by its own examples, not by the day's luck
+settings.register_profile("ci", derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 @pytest.fixture(autouse=True)

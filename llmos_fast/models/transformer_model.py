@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,6 +13,8 @@ from llmos_fast import ops
 from llmos_fast.models.language_model import LanguageModel
 from llmos_fast.models.positional_encoding import PositionalEncoding
 from llmos_fast.nn import TransformerEncoder, TransformerEncoderLayer
+
+_BLOCK_LOGITS = 2**20  # 4 MiB
 
 
 class TransformerModel(LanguageModel):
@@ -94,11 +97,19 @@ class TransformerModel(LanguageModel):
                 f"TransformerModel.loss: targets must have the shape of tokens "
                 f"{tuple(tokens.shape)}, got {tuple(targets.shape)}"
             )
+        hidden = self.hidden(tokens)
         if isinstance(self.decoder, nn.Linear):
-            hidden = self.hidden(tokens)
             return ops.linear_cross_entropy(hidden, self.decoder.weight, targets, self.decoder.bias)
-        # a quantized projection has no weight to differentiate
-        return F.cross_entropy(self(tokens).flatten(0, 1).float(), targets.flatten())
+        return self._quantized_loss(hidden.flatten(0, 1), targets.flatten())
+
+    def _quantized_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The loss through a projection that is called, in blocks whose logits stay in cache."""
+        rows = max(1, _BLOCK_LOGITS // self.arguments["ntoken"])
+        losses = [
+            F.cross_entropy(self.decoder(h).float(), t, reduction="sum")
+            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+        ]
+        return torch.stack(losses).sum() / (targets != -100).sum()
 
 
 def _check_sizes(

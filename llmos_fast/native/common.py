@@ -39,14 +39,15 @@ def refusal(*tensors: Tensor | None) -> str | None:
         if torch._C._get_tracing_state() is not None:
             return "needs tensors outside of torch.jit.trace"
     for tensor in tensors:
-        if tensor is None:
+        if tensor is None or (
+            tensor.is_cpu and tensor.dtype in _DTYPES and tensor.layout is torch.strided
+        ):
             continue
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"needs CPU tensors, got {tensor.device}"
         if tensor.dtype not in _DTYPES:
             return f"needs float32 or bfloat16, got {tensor.dtype}"
-        if tensor.layout != torch.strided:
-            return f"needs strided tensors, got {tensor.layout}"
+        return f"needs strided tensors, got {tensor.layout}"
     return None
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llmos_fast.native.activation import activation_backward, activation_forward
 from llmos_fast.native.common import refusal, second_order
-from llmos_fast.native.library import differentiable, register
-from llmos_fast.native.product import product
+from llmos_fast.native.library import differentiable, is_plain, register
+from llmos_fast.native.product import product, product_activated
 from llmos_fast.reference import ffn as definition
 
 
@@ -32,6 +32,10 @@ def forward(
 ) -> Tensor:
     """See llmos_fast.ops.ffn."""
     rows = x.reshape(-1, x.shape[-1])
+    if seed is None and not torch.is_grad_enabled() and is_plain((x, w1, b1, w2, b2)):
+        hidden = product_activated(rows, w1, b1, activation)
+        if hidden is not None:
+            return product(hidden, w2, b2).view(*x.shape[:-1], w2.shape[0])  # type: ignore[no-any-return]
     out, _ = _ffn(rows, w1, b1, w2, b2, activation, dropout_p, seed)
     return out.view(*x.shape[:-1], w2.shape[0])  # type: ignore[no-any-return]
 

@@ -23,7 +23,8 @@ def is_plain(arguments: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
     for a in arguments:
-        if isinstance(a, Tensor) and type(a) is not Tensor and type(a) is not torch.nn.Parameter:
+        kind = type(a)
+        if kind is not Tensor and kind is not torch.nn.Parameter and isinstance(a, Tensor):
             return False
     return True
 

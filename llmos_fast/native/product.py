@@ -45,6 +45,27 @@ def _worth_onednn(x: Tensor, weight: Tensor) -> bool:
     return route() == "onednn" and not tiny
 
 
+# names of the activations that oneDNN computes in the product's accumulator
+_EPILOGUES = {
+    "relu": ("relu", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "silu": ("swish", ""),
+}
+
+
+def product_activated(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor | None:
+    """activation(x weight^T + bias) without gradients in one pass; None where no library has it."""
+    known = activation in _EPILOGUES and x.dtype == torch.float32 and x.numel() > 0
+    if not known or weight.shape[0] == 0 or not _worth_onednn(x, weight):
+        return None
+    name, algorithm = _EPILOGUES[activation]
+    activated: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+    return activated
+
+
 def _product_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 

@@ -58,6 +58,8 @@ def probability(op: str, argument: str, value: float) -> None:
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast, fp32 and 16-bit tensors in its dtype, as torch's own products do."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device = next(t.device.type for t in tensors if t is not None)
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors

@@ -63,9 +63,10 @@ def make_call(shape, features, dtype, requires_grad=True):
 
 def check(shape, features, dtype, impl="native"):
     tensors, options = make_call(shape, features, dtype)
-    batch, heads_q, heads_kv, seq_q, seq_k, *_ = shape
-    # the gradient of a key sums over a group's queries, of a broadcast bias over everything
-    reduction = max(*shape, heads_q // heads_kv * seq_q)
+    batch, heads_q, heads_kv, seq_q, seq_k, head_dim, head_dim_v = shape
+    # a gradient chains two sums, over a head's features and then over keys or a group's queries;
+    # that of a broadcast bias runs over everything
+    reduction = max(head_dim, head_dim_v) * max(seq_k, heads_q // heads_kv * seq_q)
     if "bias" in features:
         reduction = batch * heads_q * seq_q * seq_k
     assert_within_budget(

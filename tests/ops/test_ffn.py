@@ -60,6 +60,27 @@ def test_every_instruction_set(cpu_set, check, activation, dtype):
     check((5,), 40, 130, 24, activation, 0.3, dtype)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_without_gradients(activation, dtype):
+    """Inference may take another way: the activation in the product's own epilogue."""
+    tensors = {
+        "x": random(3, 7, 33, dtype=dtype),
+        "w1": random(70, 33, dtype=dtype),
+        "b1": random(70, dtype=dtype),
+        "w2": random(20, 70, dtype=dtype),
+        "b2": None,
+    }
+    with torch.no_grad():
+        assert_within_budget(
+            ops.ffn,
+            reference.ffn,
+            tensors,
+            {"activation": activation},
+            impl="native",
+            reduction=140,
+        )
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     check=st.sampled_from(CHECKS),
