@@ -1,5 +1,9 @@
 """The routed product and the loss beside torch's own."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,4 +84,47 @@ def bench_linear_cross_entropy(compare, step, smoke, shape):
         flops=3 * 2 * rows * classes * features,
         bytes=2 * values[1].nbytes,
         rounds=5,
+    )
+
+
+_PEAK = """
+import json, resource, sys, time
+import torch
+import torch.nn.functional as F
+from llmos_fast import ops
+rows, classes, features = json.loads(sys.argv[2])
+hidden = torch.randn(rows, features, requires_grad=True)
+weight = torch.randn(classes, features).mul_(0.05).requires_grad_()
+target = torch.randint(0, classes, (rows,))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+if sys.argv[1] == "llmos_fast":
+    loss = ops.linear_cross_entropy(hidden, weight, target)
+else:
+    loss = F.cross_entropy(F.linear(hidden, weight), target)
+loss.backward()
+seconds = time.perf_counter() - start
+peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(json.dumps({"peak": peak, "seconds": seconds, "loss": loss.item()}))
+"""
+
+
+def loss_in_a_fresh_process(library, shape):
+    """Bytes by which one loss and its gradients raise the peak of a process, and its time."""
+    command = [sys.executable, "-c", _PEAK, library, json.dumps(shape)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("shape", [(256, 5000, 64), (8192, 50257, 768)], ids=str)
+def bench_loss_peak_memory(benchmark, smoke, shape):
+    if smoke and shape[0] != 256:
+        pytest.skip("not in a smoke run")
+    ours = benchmark.pedantic(loss_in_a_fresh_process, args=("llmos_fast", shape), rounds=1)
+    theirs = loss_in_a_fresh_process("torch", shape)
+    assert abs(ours["loss"] - theirs["loss"]) < 1.0  # other random numbers, the same distribution
+    benchmark.extra_info.update(
+        peak_mib=ours["peak"] / 2**20,
+        peers_peak_mib={"torch": theirs["peak"] / 2**20},
+        ratio=ours["peak"] / max(theirs["peak"], 1),
+        seconds={"ours": ours["seconds"], "torch": theirs["seconds"]},
     )
