@@ -20,23 +20,43 @@ struct Scores {  // what both directions share, filled once per call by native/a
 }  // namespace
 
 void bind_attention(py::module_& module) {
-  static_assert(sizeof(Sequence) == 6 * sizeof(int64_t), "native/attention.py fills rows of 6 int64");
+  static_assert(sizeof(Sequence) == 6 * sizeof(int64_t),
+                "native/attention.py fills rows of 6 int64");
   py::class_<Scores>(module, "AttentionCall")
       .def(py::init([](Address query, Address key, Address value, Address mask, Address bias,
-                       Address alibi, Address sinks, Address sequences, int64_t count, int64_t heads_q,
-                       int64_t heads_kv, int64_t head_dim, int64_t head_dim_v, int64_t seq_q,
-                       const Strides& query_strides, const Strides& key_strides,
+                       Address alibi, Address sinks, Address sequences, int64_t count,
+                       int64_t heads_q, int64_t heads_kv, int64_t head_dim, int64_t head_dim_v,
+                       int64_t seq_q, const Strides& query_strides, const Strides& key_strides,
                        const Strides& value_strides, const Strides& mask_strides,
                        const Strides& bias_strides, int64_t alibi_stride, int64_t window_left,
                        int64_t window_right, int type, bool causal, float scale, float softcap,
                        Address seed, uint64_t threshold, float dropout_scale) {
-        return Scores{Attention{pointer<void>(query), pointer<void>(key), pointer<void>(value),
-                                pointer<uint8_t>(mask), pointer<float>(bias), pointer<float>(alibi),
-                                pointer<float>(sinks), pointer<Sequence>(sequences), count, heads_q,
-                                heads_kv, head_dim, head_dim_v, seq_q, strides4(query_strides),
-                                strides4(key_strides), strides4(value_strides), strides4(mask_strides),
-                                strides4(bias_strides), alibi_stride, window_left, window_right,
-                                DType(type), causal, scale, softcap,
+        return Scores{Attention{pointer<void>(query),
+                                pointer<void>(key),
+                                pointer<void>(value),
+                                pointer<uint8_t>(mask),
+                                pointer<float>(bias),
+                                pointer<float>(alibi),
+                                pointer<float>(sinks),
+                                pointer<Sequence>(sequences),
+                                count,
+                                heads_q,
+                                heads_kv,
+                                head_dim,
+                                head_dim_v,
+                                seq_q,
+                                strides4(query_strides),
+                                strides4(key_strides),
+                                strides4(value_strides),
+                                strides4(mask_strides),
+                                strides4(bias_strides),
+                                alibi_stride,
+                                window_left,
+                                window_right,
+                                DType(type),
+                                causal,
+                                scale,
+                                softcap,
                                 Dropout{pointer<int64_t>(seed), threshold, dropout_scale}}};
       }));
   module.def(
@@ -52,10 +72,10 @@ void bind_attention(py::module_& module) {
       ReleaseGil());
   module.def(
       "attention_backward",
-      [](const Scores& scores, Address d_out, const Strides& d_out_strides, Address row_lse, Address delta,
-         Address d_query, Address d_key, Address d_value, const Strides& d_query_strides,
-         const Strides& d_key_strides, const Strides& d_value_strides, Address d_bias,
-         int64_t d_bias_columns) {
+      [](const Scores& scores, Address d_out, const Strides& d_out_strides, Address row_lse,
+         Address delta, Address d_query, Address d_key, Address d_value,
+         const Strides& d_query_strides, const Strides& d_key_strides,
+         const Strides& d_value_strides, Address d_bias, int64_t d_bias_columns) {
         AttentionBackward call;
         static_cast<Attention&>(call) = scores.call;
         call.d_out = pointer<void>(d_out);

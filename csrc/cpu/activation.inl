@@ -89,22 +89,32 @@ static void activation_backward_rows(const ActivationBackward& call) {
 template <typename T>
 static void activation_forward_of(const ActivationForward& call) {
   switch (call.activation) {
-    case Activation::relu: return activation_forward_rows<T, Activation::relu>(call);
-    case Activation::relu2: return activation_forward_rows<T, Activation::relu2>(call);
-    case Activation::gelu: return activation_forward_rows<T, Activation::gelu>(call);
-    case Activation::gelu_tanh: return activation_forward_rows<T, Activation::gelu_tanh>(call);
-    case Activation::silu: return activation_forward_rows<T, Activation::silu>(call);
+    case Activation::relu:
+      return activation_forward_rows<T, Activation::relu>(call);
+    case Activation::relu2:
+      return activation_forward_rows<T, Activation::relu2>(call);
+    case Activation::gelu:
+      return activation_forward_rows<T, Activation::gelu>(call);
+    case Activation::gelu_tanh:
+      return activation_forward_rows<T, Activation::gelu_tanh>(call);
+    case Activation::silu:
+      return activation_forward_rows<T, Activation::silu>(call);
   }
 }
 
 template <typename T>
 static void activation_backward_of(const ActivationBackward& call) {
   switch (call.activation) {
-    case Activation::relu: return activation_backward_rows<T, Activation::relu>(call);
-    case Activation::relu2: return activation_backward_rows<T, Activation::relu2>(call);
-    case Activation::gelu: return activation_backward_rows<T, Activation::gelu>(call);
-    case Activation::gelu_tanh: return activation_backward_rows<T, Activation::gelu_tanh>(call);
-    case Activation::silu: return activation_backward_rows<T, Activation::silu>(call);
+    case Activation::relu:
+      return activation_backward_rows<T, Activation::relu>(call);
+    case Activation::relu2:
+      return activation_backward_rows<T, Activation::relu2>(call);
+    case Activation::gelu:
+      return activation_backward_rows<T, Activation::gelu>(call);
+    case Activation::gelu_tanh:
+      return activation_backward_rows<T, Activation::gelu_tanh>(call);
+    case Activation::silu:
+      return activation_backward_rows<T, Activation::silu>(call);
   }
 }
 
@@ -113,5 +123,6 @@ static void activation_forward(const ActivationForward& call) {
 }
 
 static void activation_backward(const ActivationBackward& call) {
-  call.type == DType::bf16 ? activation_backward_of<bf16>(call) : activation_backward_of<float>(call);
+  call.type == DType::bf16 ? activation_backward_of<bf16>(call)
+                           : activation_backward_of<float>(call);
 }

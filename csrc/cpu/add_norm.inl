@@ -10,7 +10,8 @@ static void add_norm_forward_rows(const AddNormForward& call) {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < call.rows; ++row) {
       const X* x = static_cast<const X*>(call.x) + row * columns;
-      const T* residual = call.residual ? static_cast<const T*>(call.residual) + row * columns : nullptr;
+      const T* residual =
+          call.residual ? static_cast<const T*>(call.residual) + row * columns : nullptr;
       T* total = static_cast<T*>(call.total) + row * columns;
       if (call.dropout.seed) dropout_factors(call.dropout, row, 0, columns, factors);
       F sums = {};
@@ -61,8 +62,10 @@ static void add_norm_backward_rows(const AddNormBackward& call) {
       const int64_t begin = call.rows * part / call.partials;
       const int64_t end = call.rows * (part + 1) / call.partials;
       for (int64_t row = begin; row < end; ++row) {
-        const T* d_norm = call.d_norm ? static_cast<const T*>(call.d_norm) + row * columns : nullptr;
-        const T* d_in = call.d_total_in ? static_cast<const T*>(call.d_total_in) + row * columns : nullptr;
+        const T* d_norm =
+            call.d_norm ? static_cast<const T*>(call.d_norm) + row * columns : nullptr;
+        const T* d_in =
+            call.d_total_in ? static_cast<const T*>(call.d_total_in) + row * columns : nullptr;
         const T* total = static_cast<const T*>(call.total) + row * columns;
         const float mean = d_norm && !call.rms ? call.mean[row] : 0.0f;
         const float rstd = d_norm ? call.rstd[row] : 0.0f;
@@ -89,7 +92,8 @@ static void add_norm_backward_rows(const AddNormBackward& call) {
             if (call.weight) gradient *= load(call.weight + i, n);
             d_total += (gradient - mean_gradient - normal * mean_product) * rstd;
           }
-          if (call.d_residual) store(static_cast<T*>(call.d_residual) + row * columns + i, d_total, n);
+          if (call.d_residual)
+            store(static_cast<T*>(call.d_residual) + row * columns + i, d_total, n);
           if (!call.d_x) continue;
           if (call.dropout.seed) d_total *= load(factors + i, n);
           store(static_cast<X*>(call.d_x) + row * columns + i, d_total, n);
@@ -97,7 +101,8 @@ static void add_norm_backward_rows(const AddNormBackward& call) {
       }
       for (int64_t i = 0; i < columns; i += kLanes) {
         const int64_t n = columns - i;
-        if (call.partial_weight) store(call.partial_weight + part * columns + i, load(sum_weight + i), n);
+        if (call.partial_weight)
+          store(call.partial_weight + part * columns + i, load(sum_weight + i), n);
         if (call.partial_bias) store(call.partial_bias + part * columns + i, load(sum_bias + i), n);
       }
     }

@@ -1,22 +1,26 @@
-// Attention over blocks of kBlockQ queries and kBlockK keys with a running softmax (Dao et al. 2022).
-// Every block is widened to fp32, padded and laid out so that multiply_block streams it: keys and,
-// for the gradients, values transposed. A unit of work is one head; a unit's result depends on
-// nothing but its inputs, so neither does the thread count matter nor are atomics needed.
+// Attention over blocks of kBlockQ queries and kBlockK keys with a running softmax (Dao et al.
+// 2022). Every block is widened to fp32, padded and laid out so that multiply_block streams it:
+// keys and, for the gradients, values transposed. A unit of work is one head; a unit's result
+// depends on nothing but its inputs, so neither does the thread count matter nor are atomics
+// needed.
 
 constexpr int64_t kBlockQ = 48, kBlockK = 256;
 
-// Rows [begin, begin + rows) of x, each `columns` long, times `scale`, padded with zeros to `width`.
+// Rows [begin, begin + rows) of x, each `columns` long, times `scale`, padded with zeros to
+// `width`.
 template <typename T>
-LLMOS_INLINE void gather_rows(const T* x, int64_t row_stride, int64_t rows, int64_t columns, float scale,
-                              float* out, int64_t width) {
+LLMOS_INLINE void gather_rows(const T* x, int64_t row_stride, int64_t rows, int64_t columns,
+                              float scale, float* out, int64_t width) {
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t i = 0; i < width; i += kLanes)
-      store(out + row * width + i, i < columns ? load(x + row * row_stride + i, columns - i) * scale : F{});
+      store(out + row * width + i,
+            i < columns ? load(x + row * row_stride + i, columns - i) * scale : F{});
 }
 
 // The same rows transposed: out[column * kBlockK + row].
 template <typename T>
-LLMOS_INLINE void gather_columns(const T* x, int64_t row_stride, int64_t rows, int64_t columns, float* out) {
+LLMOS_INLINE void gather_columns(const T* x, int64_t row_stride, int64_t rows, int64_t columns,
+                                 float* out) {
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t i = 0; i < columns; i += kLanes) {
       const F lanes = load(x + row * row_stride + i, columns - i);
@@ -33,7 +37,8 @@ struct Head {
   const int64_t head, head_kv;
 
   const T* rows(const void* x, const Strides4& strides, int64_t which, int64_t first) const {
-    return static_cast<const T*>(x) + sequence.batch * strides.batch + which * strides.head + first * strides.row;
+    return static_cast<const T*>(x) + sequence.batch * strides.batch + which * strides.head +
+           first * strides.row;
   }
   // Row number of query q: in lse, in the bias and for dropout.
   int64_t row(int64_t q) const {
@@ -48,7 +53,8 @@ struct Head {
     int64_t key = sequence.length_k;
     const int64_t position = q + sequence.shift;
     if (call.causal && position + 1 < key) key = position + 1;
-    if (call.window_right >= 0 && position + call.window_right + 1 < key) key = position + call.window_right + 1;
+    if (call.window_right >= 0 && position + call.window_right + 1 < key)
+      key = position + call.window_right + 1;
     return key < 0 ? 0 : key;
   }
 
@@ -64,20 +70,24 @@ struct Head {
       }
     if (call.bias) {
       const Strides4& s = call.bias_strides;
-      const float* bias = call.bias + sequence.batch * s.batch + head * s.head + q * s.row + k0 * s.column;
+      const float* bias =
+          call.bias + sequence.batch * s.batch + head * s.head + q * s.row + k0 * s.column;
       if (s.column == 1)
-        for (int64_t i = 0; i < n; i += kLanes) store(scores + i, load(scores + i) + load(bias + i, n - i));
+        for (int64_t i = 0; i < n; i += kLanes)
+          store(scores + i, load(scores + i) + load(bias + i, n - i));
       else
         for (int64_t i = 0; i < n; ++i) scores[i] += bias[i * s.column];
     }
     if (call.alibi) {
       const float alibi = call.alibi[sequence.batch * call.alibi_stride + head];
       const int64_t position = q + sequence.shift;
-      for (int64_t i = 0; i < n; ++i) scores[i] -= alibi * __builtin_fabsf(float(k0 + i - position));
+      for (int64_t i = 0; i < n; ++i)
+        scores[i] -= alibi * __builtin_fabsf(float(k0 + i - position));
     }
     if (call.mask) {
       const Strides4& s = call.mask_strides;
-      const uint8_t* mask = call.mask + sequence.batch * s.batch + head * s.head + q * s.row + k0 * s.column;
+      const uint8_t* mask =
+          call.mask + sequence.batch * s.batch + head * s.head + q * s.row + k0 * s.column;
       for (int64_t i = 0; i < n; ++i)
         if (!mask[i * s.column]) scores[i] = -__builtin_inff();
     }
@@ -88,13 +98,14 @@ struct Head {
 };
 
 template <typename T>
-static void attention_forward_rows(const Head<T>& head, const AttentionForward& call, int64_t q_begin,
-                                   int64_t q_end) {
+static void attention_forward_rows(const Head<T>& head, const AttentionForward& call,
+                                   int64_t q_begin, int64_t q_end) {
   const int64_t head_dim = call.head_dim, seq_k = head.sequence.length_k;
   const int64_t width = round_up(head_dim, kLanes), width_v = round_up(call.head_dim_v, kLanes);
   const int64_t blocks = (seq_k + kBlockK - 1) / kBlockK;
-  float* keys = thread_scratch().floats(blocks * kBlockK * (head_dim + width_v) + kBlockQ * (width + width_v + kBlockK) +
-                                        2 * kBlockQ + kBlockK);
+  float* keys =
+      thread_scratch().floats(blocks * kBlockK * (head_dim + width_v) +
+                              kBlockQ * (width + width_v + kBlockK) + 2 * kBlockQ + kBlockK);
   float* values = keys + blocks * kBlockK * head_dim;
   float* query = values + blocks * kBlockK * width_v;
   float* out = query + kBlockQ * width;
@@ -103,20 +114,24 @@ static void attention_forward_rows(const Head<T>& head, const AttentionForward& 
   float *top = factors + kBlockK, *total = top + kBlockQ;
 
   const T* key_rows = head.rows(call.key, call.key_strides, head.head_kv, head.sequence.first_k);
-  const T* value_rows = head.rows(call.value, call.value_strides, head.head_kv, head.sequence.first_k);
+  const T* value_rows =
+      head.rows(call.value, call.value_strides, head.head_kv, head.sequence.first_k);
   const int64_t key_begin = head.first_key(q_begin), key_end = head.last_key(q_end - 1);
   for (int64_t k0 = key_begin / kBlockK * kBlockK; k0 < key_end; k0 += kBlockK) {
     const int64_t n = seq_k - k0 < kBlockK ? seq_k - k0 : kBlockK;
-    gather_columns(key_rows + k0 * call.key_strides.row, call.key_strides.row, n, head_dim, keys + k0 * head_dim);
-    gather_rows(value_rows + k0 * call.value_strides.row, call.value_strides.row, n, call.head_dim_v, 1.0f,
-                values + k0 * width_v, width_v);
+    gather_columns(key_rows + k0 * call.key_strides.row, call.key_strides.row, n, head_dim,
+                   keys + k0 * head_dim);
+    gather_rows(value_rows + k0 * call.value_strides.row, call.value_strides.row, n,
+                call.head_dim_v, 1.0f, values + k0 * width_v, width_v);
   }
   const T* query_rows = head.rows(call.query, call.query_strides, head.head, head.sequence.first_q);
-  T* out_rows = const_cast<T*>(head.rows(call.out, call.out_strides, head.head, head.sequence.first_q));
+  T* out_rows =
+      const_cast<T*>(head.rows(call.out, call.out_strides, head.head, head.sequence.first_q));
 
   for (int64_t q0 = q_begin; q0 < q_end; q0 += kBlockQ) {
     const int64_t rows = q_end - q0 < kBlockQ ? q_end - q0 : kBlockQ;
-    gather_rows(query_rows + q0 * call.query_strides.row, call.query_strides.row, rows, head_dim, call.scale, query, width);
+    gather_rows(query_rows + q0 * call.query_strides.row, call.query_strides.row, rows, head_dim,
+                call.scale, query, width);
     for (int64_t i = 0; i < rows * width_v; i += kLanes) store(out + i, F{});
     for (int64_t i = 0; i < rows; ++i) {
       top[i] = -__builtin_inff();
@@ -125,7 +140,8 @@ static void attention_forward_rows(const Head<T>& head, const AttentionForward& 
     const int64_t first = head.first_key(q0), last = head.last_key(q0 + rows - 1);
     for (int64_t k0 = first / kBlockK * kBlockK; k0 < last; k0 += kBlockK) {
       const int64_t n = last - k0 < kBlockK ? last - k0 : kBlockK;
-      multiply_block(rows, n, head_dim, query, width, 1, keys + k0 * head_dim, kBlockK, scores, kBlockK, false);
+      multiply_block(rows, n, head_dim, query, width, 1, keys + k0 * head_dim, kBlockK, scores,
+                     kBlockK, false);
       for (int64_t i = 0; i < rows; ++i) {
         float* row = scores + i * kBlockK;
         head.finish_scores(q0 + i, k0, n, row, nullptr);
@@ -146,9 +162,11 @@ static void attention_forward_rows(const Head<T>& head, const AttentionForward& 
         total[i] = total[i] * decay + sum(sums);
         top[i] = new_top;
         if (decay != 1.0f)
-          for (int64_t j = 0; j < width_v; j += kLanes) store(out + i * width_v + j, load(out + i * width_v + j) * decay);
+          for (int64_t j = 0; j < width_v; j += kLanes)
+            store(out + i * width_v + j, load(out + i * width_v + j) * decay);
       }
-      multiply_block(rows, call.head_dim_v, n, scores, kBlockK, 1, values + k0 * width_v, width_v, out, width_v, true);
+      multiply_block(rows, call.head_dim_v, n, scores, kBlockK, 1, values + k0 * width_v, width_v,
+                     out, width_v, true);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const bool empty = total[i] == 0.0f;
@@ -162,8 +180,8 @@ static void attention_forward_rows(const Head<T>& head, const AttentionForward& 
         denominator = denominator * shrink + exponential(splat(sink - base))[0];
       }
       for (int64_t j = 0; j < call.head_dim_v; j += kLanes)
-        store(out_rows + (q0 + i) * call.out_strides.row + j, load(out + i * width_v + j) * (shrink / denominator),
-              call.head_dim_v - j);
+        store(out_rows + (q0 + i) * call.out_strides.row + j,
+              load(out + i * width_v + j) * (shrink / denominator), call.head_dim_v - j);
     }
   }
 }
@@ -183,18 +201,21 @@ static void attention_forward_of(const AttentionForward& call) {
     int64_t end = blocks * (cut + 1) / cuts * kBlockQ;
     if (end > sequence.length_q) end = sequence.length_q;
     if (begin < end)
-      attention_forward_rows<T>({call, sequence, head, head / (call.heads_q / call.heads_kv)}, call, begin, end);
+      attention_forward_rows<T>({call, sequence, head, head / (call.heads_q / call.heads_kv)}, call,
+                                begin, end);
   }
 }
 
 // Gradients of one key head: its queries' heads in turn, their query blocks in turn.
 template <typename T>
-static void attention_backward_head(const AttentionBackward& call, const Sequence& sequence, int64_t head_kv) {
+static void attention_backward_head(const AttentionBackward& call, const Sequence& sequence,
+                                    int64_t head_kv) {
   const int64_t head_dim = call.head_dim, head_dim_v = call.head_dim_v, seq_k = sequence.length_k;
   const int64_t width = round_up(head_dim, kLanes), width_v = round_up(head_dim_v, kLanes);
   const int64_t padded_k = round_up(seq_k, kBlockK);
-  float* keys = thread_scratch().floats(padded_k * (2 * width + width_v + head_dim + head_dim_v) +
-                                        kBlockQ * (2 * width + width_v + 2 * kBlockK) + 2 * kBlockK);
+  float* keys =
+      thread_scratch().floats(padded_k * (2 * width + width_v + head_dim + head_dim_v) +
+                              kBlockQ * (2 * width + width_v + 2 * kBlockK) + 2 * kBlockK);
   float* keys_transposed = keys + padded_k * width;
   float* values_transposed = keys_transposed + padded_k * head_dim;
   float* d_key = values_transposed + padded_k * head_dim_v;
@@ -213,8 +234,10 @@ static void attention_backward_head(const AttentionBackward& call, const Sequenc
   gather_rows(key_rows, call.key_strides.row, seq_k, head_dim, 1.0f, keys, width);
   for (int64_t k0 = 0; k0 < seq_k; k0 += kBlockK) {
     const int64_t n = seq_k - k0 < kBlockK ? seq_k - k0 : kBlockK;
-    gather_columns(key_rows + k0 * call.key_strides.row, call.key_strides.row, n, head_dim, keys_transposed + k0 * head_dim);
-    gather_columns(value_rows + k0 * call.value_strides.row, call.value_strides.row, n, head_dim_v, values_transposed + k0 * head_dim_v);
+    gather_columns(key_rows + k0 * call.key_strides.row, call.key_strides.row, n, head_dim,
+                   keys_transposed + k0 * head_dim);
+    gather_columns(value_rows + k0 * call.value_strides.row, call.value_strides.row, n, head_dim_v,
+                   values_transposed + k0 * head_dim_v);
   }
   for (int64_t i = 0; i < padded_k * (width + width_v); i += kLanes) store(d_key + i, F{});
 
@@ -222,17 +245,22 @@ static void attention_backward_head(const AttentionBackward& call, const Sequenc
     const Head<T> head{call, sequence, head_q, head_kv};
     const T* query_rows = head.rows(call.query, call.query_strides, head_q, sequence.first_q);
     const T* d_out_rows = head.rows(call.d_out, call.d_out_strides, head_q, sequence.first_q);
-    T* d_query_rows = const_cast<T*>(head.rows(call.d_query, call.d_query_strides, head_q, sequence.first_q));
+    T* d_query_rows =
+        const_cast<T*>(head.rows(call.d_query, call.d_query_strides, head_q, sequence.first_q));
     for (int64_t q0 = 0; q0 < sequence.length_q; q0 += kBlockQ) {
       const int64_t rows = sequence.length_q - q0 < kBlockQ ? sequence.length_q - q0 : kBlockQ;
-      gather_rows(query_rows + q0 * call.query_strides.row, call.query_strides.row, rows, head_dim, call.scale, query, width);
-      gather_rows(d_out_rows + q0 * call.d_out_strides.row, call.d_out_strides.row, rows, head_dim_v, 1.0f, d_out, width_v);
+      gather_rows(query_rows + q0 * call.query_strides.row, call.query_strides.row, rows, head_dim,
+                  call.scale, query, width);
+      gather_rows(d_out_rows + q0 * call.d_out_strides.row, call.d_out_strides.row, rows,
+                  head_dim_v, 1.0f, d_out, width_v);
       for (int64_t i = 0; i < rows * width; i += kLanes) store(d_query + i, F{});
       const int64_t first = head.first_key(q0), last = head.last_key(q0 + rows - 1);
       for (int64_t k0 = first / kBlockK * kBlockK; k0 < last; k0 += kBlockK) {
         const int64_t n = last - k0 < kBlockK ? last - k0 : kBlockK;
-        multiply_block(rows, n, head_dim, query, width, 1, keys_transposed + k0 * head_dim, kBlockK, scores, kBlockK, false);
-        multiply_block(rows, n, head_dim_v, d_out, width_v, 1, values_transposed + k0 * head_dim_v, kBlockK, d_scores, kBlockK, false);
+        multiply_block(rows, n, head_dim, query, width, 1, keys_transposed + k0 * head_dim, kBlockK,
+                       scores, kBlockK, false);
+        multiply_block(rows, n, head_dim_v, d_out, width_v, 1, values_transposed + k0 * head_dim_v,
+                       kBlockK, d_scores, kBlockK, false);
         for (int64_t i = 0; i < rows; ++i) {
           float *row = scores + i * kBlockK, *d_row = d_scores + i * kBlockK;
           const int64_t number = head.row(q0 + i);
@@ -244,32 +272,41 @@ static void attention_backward_head(const AttentionBackward& call, const Sequenc
             const F weight = empty ? F{} : exponential(load(row + j) - lse);
             const F factor = call.dropout.seed ? load(factors + j) : splat(1.0f);
             // padding lanes of d_row are uninitialised: weight = 0 would not stop their NaN
-            F gradient = select(weight > splat(0.0f), weight * (factor * load(d_row + j) - delta), F{});
+            F gradient =
+                select(weight > splat(0.0f), weight * (factor * load(d_row + j) - delta), F{});
             store(row + j, weight * factor);
             if (call.d_bias) {
               float* d_bias = call.d_bias + number * call.d_bias_columns + k0 + j;
               store(d_bias, gradient, n - j);
             }
-            if (call.softcap > 0) gradient = select(weight > splat(0.0f), gradient * load(slope + j), F{});
+            if (call.softcap > 0)
+              gradient = select(weight > splat(0.0f), gradient * load(slope + j), F{});
             store(d_row + j, gradient);
           }
         }
-        multiply_block(n, head_dim_v, rows, scores, 1, kBlockK, d_out, width_v, d_value + k0 * width_v, width_v, true);
-        multiply_block(n, head_dim, rows, d_scores, 1, kBlockK, query, width, d_key + k0 * width, width, true);
-        multiply_block(rows, head_dim, n, d_scores, kBlockK, 1, keys + k0 * width, width, d_query, width, true);
+        multiply_block(n, head_dim_v, rows, scores, 1, kBlockK, d_out, width_v,
+                       d_value + k0 * width_v, width_v, true);
+        multiply_block(n, head_dim, rows, d_scores, 1, kBlockK, query, width, d_key + k0 * width,
+                       width, true);
+        multiply_block(rows, head_dim, n, d_scores, kBlockK, 1, keys + k0 * width, width, d_query,
+                       width, true);
       }
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < head_dim; j += kLanes)
-          store(d_query_rows + (q0 + i) * call.d_query_strides.row + j, load(d_query + i * width + j) * call.scale, head_dim - j);
+          store(d_query_rows + (q0 + i) * call.d_query_strides.row + j,
+                load(d_query + i * width + j) * call.scale, head_dim - j);
     }
   }
-  T* d_key_rows = const_cast<T*>(any.rows(call.d_key, call.d_key_strides, head_kv, sequence.first_k));
-  T* d_value_rows = const_cast<T*>(any.rows(call.d_value, call.d_value_strides, head_kv, sequence.first_k));
+  T* d_key_rows =
+      const_cast<T*>(any.rows(call.d_key, call.d_key_strides, head_kv, sequence.first_k));
+  T* d_value_rows =
+      const_cast<T*>(any.rows(call.d_value, call.d_value_strides, head_kv, sequence.first_k));
   for (int64_t k = 0; k < seq_k; ++k) {
     for (int64_t j = 0; j < head_dim; j += kLanes)
       store(d_key_rows + k * call.d_key_strides.row + j, load(d_key + k * width + j), head_dim - j);
     for (int64_t j = 0; j < head_dim_v; j += kLanes)
-      store(d_value_rows + k * call.d_value_strides.row + j, load(d_value + k * width_v + j), head_dim_v - j);
+      store(d_value_rows + k * call.d_value_strides.row + j, load(d_value + k * width_v + j),
+            head_dim_v - j);
   }
 }
 

@@ -33,4 +33,3 @@ const Kernels generic_kernels = {
 };
 
 }  // namespace llmos
-

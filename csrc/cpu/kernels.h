@@ -97,10 +97,10 @@ struct Strides4 {
 // See llmos_fast/ops/attention.py for the meaning. Keys [first[b], first[b] + length) of sequence b
 // are its own; dense tensors have first = 0. One entry of `sequences` per sequence.
 struct Sequence {
-  int64_t batch;               // index into the batch strides
-  int64_t first_q, length_q;   // rows of query
-  int64_t first_k, length_k;   // rows of key that exist
-  int64_t shift;               // position of query row 0 among the keys
+  int64_t batch;              // index into the batch strides
+  int64_t first_q, length_q;  // rows of query
+  int64_t first_k, length_k;  // rows of key that exist
+  int64_t shift;              // position of query row 0 among the keys
 };
 
 struct Attention {
@@ -135,7 +135,6 @@ struct AttentionBackward : Attention {
   float* d_bias;  // null, or contiguous [batch, heads_q, seq_q, d_bias_columns]
   int64_t d_bias_columns;
 };
-
 
 struct Kernels {
   const char* name;

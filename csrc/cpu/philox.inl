@@ -1,6 +1,7 @@
 // The dropout bits of llmos_fast/dropout.py: Philox-4x32, 7 rounds, sixteen counters at a time.
-// multiply_even(a, b), 32 x 32 -> 64 bits of the even lanes, comes from the file that includes this:
-// the compiler finds the instruction only by name, and its 64-bit product is four times as slow.
+// multiply_even(a, b), 32 x 32 -> 64 bits of the even lanes, comes from the file that includes
+// this: the compiler finds the instruction only by name, and its 64-bit product is four times as
+// slow.
 
 LLMOS_INLINE void multiply_wide(U x, uint32_t by, U* high, U* low) {
   const L even = multiply_even(x, U{} + by), odd = multiply_even((U)((L)x >> 32), U{} + by);
@@ -39,15 +40,16 @@ LLMOS_INLINE void random_bits(uint64_t seed, uint64_t row, uint32_t column, U* w
 
 // Factors of `count` columns from `column`, a multiple of 4: 0 or dropout.scale. The buffer has
 // room for `count` rounded up to 64.
-LLMOS_INLINE void dropout_factors(const Dropout& dropout, int64_t row, int64_t column, int64_t count,
-                                  float* factors) {
+LLMOS_INLINE void dropout_factors(const Dropout& dropout, int64_t row, int64_t column,
+                                  int64_t count, float* factors) {
   const uint64_t seed = uint64_t(*dropout.seed);
   const uint32_t last_dropped = uint32_t(dropout.threshold - 1);  // threshold >= 1 where p > 0
   for (int64_t start = 0; start < count; start += 64) {
     U words[4];
     random_bits(seed, uint64_t(row), uint32_t(column + start), words);
     for (int i = 0; i < 4; ++i)
-      store(factors + start + i * kLanes, select(words[i] > last_dropped, splat(dropout.scale), F{}));
+      store(factors + start + i * kLanes,
+            select(words[i] > last_dropped, splat(dropout.scale), F{}));
   }
 }
 

@@ -88,8 +88,7 @@ struct Avx2 {
         return _mm256_cvtepi32_ps(_mm256_sub_epi32(byte, _mm256_set1_epi32(128)));
       } else {
         // exponent and mantissa moved to a float's place leave its exponent 120 too low
-        const I magnitude =
-            _mm256_slli_epi32(_mm256_and_si256(code, _mm256_set1_epi32(0x7f)), 20);
+        const I magnitude = _mm256_slli_epi32(_mm256_and_si256(code, _mm256_set1_epi32(0x7f)), 20);
         const I sign = _mm256_and_si256(_mm256_slli_epi32(code, 24), _mm256_set1_epi32(INT32_MIN));
         return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, magnitude)),
                              _mm256_set1_ps(0x1p120f));
@@ -104,8 +103,8 @@ struct Avx2 {
       for (int half = 0; half < 16; half += 8) {
         I a[8], b[8];
         for (int i = 0; i < 8; ++i)
-          a[i] = load_row(source + (half + i) * bytes + word * 4, bytes - word * 4,
-                          half + i < valid);
+          a[i] =
+              load_row(source + (half + i) * bytes + word * 4, bytes - word * 4, half + i < valid);
         for (int i = 0; i < 8; i += 2) {
           b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
           b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);

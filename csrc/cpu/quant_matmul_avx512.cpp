@@ -24,7 +24,7 @@ struct Avx512 {
   using I = __m512i;
   using F = __m512;
   static constexpr int kLanes = 16;
-  static constexpr int kRows = 6;     // 24 accumulators + 4 weights + 1 x of 32 registers
+  static constexpr int kRows = 6;  // 24 accumulators + 4 weights + 1 x of 32 registers
   static constexpr int kVectors = 4;
 
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -78,8 +78,7 @@ struct Avx512 {
         return _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(8388736.0f));
       } else {
         // exponent and mantissa moved to a float's place leave its exponent 120 too low
-        const I magnitude =
-            _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x7f)), 20);
+        const I magnitude = _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x7f)), 20);
         const I bits = _mm512_ternarylogic_epi32(_mm512_slli_epi32(code, 24),
                                                  _mm512_set1_epi32(INT32_MIN), magnitude, 0xea);
         return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));

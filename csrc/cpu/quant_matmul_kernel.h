@@ -127,17 +127,16 @@ void integer_tile(const PackedTile<S>& tile, int panel, const Plan& plan, const 
   const uint8_t* panels = tile.panels + panel * plan.words * 64;
   const int8_t* x = rows.integers + row * plan.stride;
   F sum[MR][V];
-  LLMOS_UNROLL for (int m = 0; m < MR; ++m)
-    LLMOS_UNROLL for (int v = 0; v < V; ++v) sum[m][v] = S::zero();
+  LLMOS_UNROLL for (int m = 0; m < MR; ++m) LLMOS_UNROLL for (int v = 0; v < V; ++v) sum[m][v] =
+      S::zero();
   for (int64_t g = 0; g < plan.groups; ++g) {
     const int64_t begin = g * plan.words_per_group;
     const int64_t end = S::min(begin + plan.words_per_group, plan.words);
     const int64_t column = g * kColumns + panel * kPanel;
     I acc[MR][V];  // starts at -zero * sum(x): the panels hold level + zero
-    LLMOS_UNROLL for (int m = 0; m < MR; ++m)
-      LLMOS_UNROLL for (int v = 0; v < V; ++v)
-        acc[m][v] = S::multiply(S::load_ints(tile.zeros + column + v * S::kLanes),
-                                -rows.sums[(row + m) * plan.groups + g]);
+    LLMOS_UNROLL for (int m = 0; m < MR; ++m) LLMOS_UNROLL for (int v = 0; v < V; ++v) acc[m][v] =
+        S::multiply(S::load_ints(tile.zeros + column + v * S::kLanes),
+                    -rows.sums[(row + m) * plan.groups + g]);
     for (int64_t word = begin; word < end; ++word) {
       const uint8_t* w = panels + word * 64;
       I weights[V];
@@ -150,19 +149,18 @@ void integer_tile(const PackedTile<S>& tile, int panel, const Plan& plan, const 
         LLMOS_UNROLL for (int m = 0; m < MR; ++m) {
           const int64_t offset = (k4Bit ? 2 * word + half : word) * 4;
           const I xs = S::broadcast_word(x + m * plan.stride + offset);
-          LLMOS_UNROLL for (int v = 0; v < V; ++v)
-            acc[m][v] = S::template dot<k4Bit>(acc[m][v], weights[v], xs);
+          LLMOS_UNROLL for (int v = 0; v < V; ++v) acc[m][v] =
+              S::template dot<k4Bit>(acc[m][v], weights[v], xs);
         }
       }
     }
     LLMOS_UNROLL for (int v = 0; v < V; ++v) {
       const F scale = S::load_floats(tile.scales + column + v * S::kLanes);
-      LLMOS_UNROLL for (int m = 0; m < MR; ++m)
-        sum[m][v] = S::fma(S::to_float(acc[m][v]), scale, sum[m][v]);
+      LLMOS_UNROLL for (int m = 0; m < MR; ++m) sum[m][v] =
+          S::fma(S::to_float(acc[m][v]), scale, sum[m][v]);
     }
   }
-  LLMOS_UNROLL for (int m = 0; m < MR; ++m)
-    LLMOS_UNROLL for (int v = 0; v < V; ++v)
+  LLMOS_UNROLL for (int m = 0; m < MR; ++m) LLMOS_UNROLL for (int v = 0; v < V; ++v)
       S::store_floats(y + m * kColumns + panel * kPanel + v * S::kLanes,
                       S::multiply(sum[m][v], S::broadcast(rows.scales[row + m])));
 }
@@ -179,15 +177,15 @@ void float_tile(const PackedTile<S>& tile, int panel, const Plan& plan, const Ro
   const float* x = rows.floats + row * plan.stride;
   const auto levels = S::template levels<kFormat>();
   F sum[MR][V];
-  LLMOS_UNROLL for (int m = 0; m < MR; ++m)
-    LLMOS_UNROLL for (int v = 0; v < V; ++v) sum[m][v] = S::zero();
+  LLMOS_UNROLL for (int m = 0; m < MR; ++m) LLMOS_UNROLL for (int v = 0; v < V; ++v) sum[m][v] =
+      S::zero();
   for (int64_t g = 0; g < plan.groups; ++g) {
     const int64_t begin = g * plan.words_per_group;
     const int64_t end = S::min(begin + plan.words_per_group, plan.words);
     const int64_t column = g * kColumns + panel * kPanel;
     F acc[MR][V];
-    LLMOS_UNROLL for (int m = 0; m < MR; ++m)
-      LLMOS_UNROLL for (int v = 0; v < V; ++v) acc[m][v] = S::zero();
+    LLMOS_UNROLL for (int m = 0; m < MR; ++m) LLMOS_UNROLL for (int v = 0; v < V; ++v) acc[m][v] =
+        S::zero();
     for (int64_t word = begin; word < end; ++word) {
       const uint8_t* w = panels + word * 64;
       LLMOS_UNROLL for (int i = 0; i < kPerWord; ++i) {
@@ -211,8 +209,7 @@ void float_tile(const PackedTile<S>& tile, int panel, const Plan& plan, const Ro
       LLMOS_UNROLL for (int m = 0; m < MR; ++m) sum[m][v] = S::fma(acc[m][v], scale, sum[m][v]);
     }
   }
-  LLMOS_UNROLL for (int m = 0; m < MR; ++m)
-    LLMOS_UNROLL for (int v = 0; v < V; ++v)
+  LLMOS_UNROLL for (int m = 0; m < MR; ++m) LLMOS_UNROLL for (int v = 0; v < V; ++v)
       S::store_floats(y + m * kColumns + panel * kPanel + v * S::kLanes, sum[m][v]);
 }
 
@@ -235,8 +232,7 @@ struct Kernels {
   static void run(const PackedTile<S>& tile, int panels, const Plan& plan, const Rows& rows,
                   int64_t row, int mr, float* y) {
     if (panels == PackedTile<S>::kPanels) return of<S::kVectors>(mr)(tile, 0, plan, rows, row, y);
-    for (int p = 0; p < panels; ++p)
-      of<kPanel / S::kLanes>(mr)(tile, p, plan, rows, row, y);
+    for (int p = 0; p < panels; ++p) of<kPanel / S::kLanes>(mr)(tile, p, plan, rows, row, y);
   }
 };
 
@@ -321,8 +317,8 @@ void run_typed(const QuantMatmul& c) {
         const int mr = static_cast<int>(S::min(end - row, S::kRows));
         kernel(tile, panels, plan, rows, row, mr, y);
         for (int m = 0; m < mr; ++m)
-          finish_row(c.activation, y + m * Tile::kColumns, c.bias ? c.bias + first : nullptr,
-                     count, out + (row + m) * n + first);
+          finish_row(c.activation, y + m * Tile::kColumns, c.bias ? c.bias + first : nullptr, count,
+                     out + (row + m) * n + first);
       }
     }
   }

@@ -17,8 +17,8 @@ static void rotate_rows(const Rotary& call) {
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t position = row % call.seq, head = row / call.seq % call.heads;
     const int64_t batch = row / call.seq / call.heads;
-    const T* x = static_cast<const T*>(call.x) + batch * call.stride_batch + head * call.stride_head +
-                 position * call.stride_seq;
+    const T* x = static_cast<const T*>(call.x) + batch * call.stride_batch +
+                 head * call.stride_head + position * call.stride_seq;
     const float* cos = call.cos + batch * call.angle_stride_batch + position * half;
     const float* sin = call.sin + batch * call.angle_stride_batch + position * half;
     T* out = static_cast<T*>(call.out) + row * call.head_dim;

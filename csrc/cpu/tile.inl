@@ -35,20 +35,24 @@ LLMOS_INLINE void multiply_columns(int64_t rows, int64_t depth, const float* a, 
                                    int64_t c_row, bool accumulate) {
   int64_t m = 0;
   for (; m + kTileRows <= rows; m += kTileRows)
-    multiply_tile<kTileRows, vectors>(depth, a + m * a_row, a_row, a_depth, b, b_row, c + m * c_row, c_row, accumulate);
+    multiply_tile<kTileRows, vectors>(depth, a + m * a_row, a_row, a_depth, b, b_row, c + m * c_row,
+                                      c_row, accumulate);
   for (; m + 4 <= rows; m += 4)
-    multiply_tile<4, vectors>(depth, a + m * a_row, a_row, a_depth, b, b_row, c + m * c_row, c_row, accumulate);
+    multiply_tile<4, vectors>(depth, a + m * a_row, a_row, a_depth, b, b_row, c + m * c_row, c_row,
+                              accumulate);
   for (; m < rows; ++m)
-    multiply_tile<1, vectors>(depth, a + m * a_row, a_row, a_depth, b, b_row, c + m * c_row, c_row, accumulate);
+    multiply_tile<1, vectors>(depth, a + m * a_row, a_row, a_depth, b, b_row, c + m * c_row, c_row,
+                              accumulate);
 }
 
-static void multiply_block(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
-                           int64_t a_depth, const float* b, int64_t b_row, float* c, int64_t c_row,
-                           bool accumulate) {
+static void multiply_block(int64_t rows, int64_t columns, int64_t depth, const float* a,
+                           int64_t a_row, int64_t a_depth, const float* b, int64_t b_row, float* c,
+                           int64_t c_row, bool accumulate) {
   constexpr int64_t wide = kTileVectors * kLanes;
   int64_t n = 0;
   for (; n + wide <= round_up(columns, kLanes); n += wide)
-    multiply_columns<kTileVectors>(rows, depth, a, a_row, a_depth, b + n, b_row, c + n, c_row, accumulate);
+    multiply_columns<kTileVectors>(rows, depth, a, a_row, a_depth, b + n, b_row, c + n, c_row,
+                                   accumulate);
   for (; n < columns; n += kLanes)
     multiply_columns<1>(rows, depth, a, a_row, a_depth, b + n, b_row, c + n, c_row, accumulate);
 }

@@ -98,7 +98,8 @@ LLMOS_INLINE F first_lanes(F x, int64_t n, float other) {
 
 // exp(x) within 2 ulp; 0 below -87.3 (no subnormals), infinity above 88.7.
 LLMOS_INLINE F exponential(F x) {
-  const F clamped = select(x < splat(-87.3f), splat(-87.3f), select(x > splat(88.72f), splat(88.72f), x));
+  const F clamped =
+      select(x < splat(-87.3f), splat(-87.3f), select(x > splat(88.72f), splat(88.72f), x));
   const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const F shifted = clamped * 1.44269504f + magic;
   const F n = shifted - magic;
@@ -114,7 +115,8 @@ LLMOS_INLINE F exponential(F x) {
   const I whole = __builtin_convertvector(n, I);
   const I half = whole >> 1;
   const F scaled = p * (F)((half + 127) << 23) * (F)((whole - half + 127) << 23);
-  const F result = select(x < splat(-87.3f), splat(0.0f), select(x > splat(88.72f), splat(__builtin_inff()), scaled));
+  const F result = select(x < splat(-87.3f), splat(0.0f),
+                          select(x > splat(88.72f), splat(__builtin_inff()), scaled));
   return select(x != x, x, result);
 }
 

@@ -22,9 +22,9 @@ FloatType float_type(const std::string& name) {
 void dequantize(Address packed, Address scales, Address zeros, Address out, int64_t n, int64_t k,
                 int64_t group_size, int format, const std::string& dtype, Address stream) {
   const WeightShape shape{n, k, group_size, static_cast<WeightFormat>(format)};
-  const int error = cuda_dequantize(
-      shape, pointer<const uint8_t>(packed), pointer<const float>(scales),
-      pointer<const uint8_t>(zeros), float_type(dtype), pointer<void>(out), pointer<void>(stream));
+  const int error = cuda_dequantize(shape, pointer<const uint8_t>(packed),
+                                    pointer<const float>(scales), pointer<const uint8_t>(zeros),
+                                    float_type(dtype), pointer<void>(out), pointer<void>(stream));
   if (error != 0)
     throw std::runtime_error("CUDA kernel dequantize of a (" + std::to_string(n) + ", " +
                              std::to_string(k) + ") weight: " + cuda_error_name(error));

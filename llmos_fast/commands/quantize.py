@@ -15,7 +15,10 @@ from llmos_fast.training import Checkpoint, Quantization, quantize_linears
 
 def quantize(
     checkpoint: CheckpointFolder,
-    scheme: Annotated[str, Option(help="int8 or int4.")] = "int8",
+    scheme: Annotated[
+        str,
+        Option(help="int8, int4, int4_asym, nf4, fp8; _a16: float activations."),
+    ] = "int8",
     group_size: Annotated[int, Option(help="Weights that share a scale.", min=1)] = 64,
     output: Annotated[
         Path | None, Option(help="New checkpoint folder; without it, beside the old one.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # torch is imported first, so that the extension finds torch's own OpenMP runtime already loaded
-from llmos_fast import _C
+import llmos_fast._C as _C
 from llmos_fast.dropout import keep_scale, threshold
 
 __all__ = ["_C", "address", "dropout_arguments", "dtype_code", "refusal", "second_order"]
