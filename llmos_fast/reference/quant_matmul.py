@@ -16,7 +16,9 @@ def round_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
-    return torch.round(x * (127 / amax)), amax / 127
+    # 127 / amax would be amax.reciprocal() * 127: another rounding, and one x in a million moves
+    inverse = torch.full_like(amax, 127.0) / amax
+    return torch.round(x * inverse), amax / 127
 
 
 def apply_activation(y: Tensor, activation: str | None) -> Tensor:
