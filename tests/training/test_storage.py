@@ -1,5 +1,6 @@
 import os
 import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -76,17 +77,19 @@ def test_leftovers_of_a_killed_writer_do_not_matter(tmp_path):
     assert os.listdir(tmp_path / "t") == ["a"]
 
 
-@pytest.fixture
+@contextmanager
 def file_size_limit():
-    """A real write error: no file may grow beyond 4 KiB."""
+    """A real write error: no file may grow beyond 4 KiB, not even a log that pytest writes to."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_refused_write_is_an_os_error(tmp_path, file_size_limit):
-    with pytest.raises(OSError, match=r"t\.safetensors"):
+def test_refused_write_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match=r"t\.safetensors"), file_size_limit():
         write_tensors(tmp_path / "t.safetensors", {"w": torch.zeros(5000)})
 
 
