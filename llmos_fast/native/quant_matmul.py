@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import llmos_fast._C as _C
+from llmos_fast.native.common import address
 from llmos_fast.native.library import LIBRARY, differentiable, register
 from llmos_fast.quantize import FORMATS, QuantizedWeight, format_of, rounds_activations
 from llmos_fast.reference.quant_matmul import apply_activation
@@ -21,10 +22,6 @@ except ImportError:
 _ACTIVATIONS = {"": 0, "relu": 1, "relu2": 2, "gelu": 3, "gelu_tanh": 4, "silu": 5}
 # 127 * 128 * 131072 is the largest sum of products that int32 holds
 _MAX_INTEGER_K = 131072
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -44,7 +41,7 @@ def _dequantize(
     parts = (packed.contiguous(), scales.contiguous(), _contiguous(zero_points))
     code = FORMATS.index(format_of(scheme))
     out = torch.empty((packed.shape[0], columns), dtype=dtype, device=packed.device)
-    addresses = [_address(part) for part in parts]
+    addresses = [address(part) for part in parts]
     if packed.is_cuda:
         assert _CUDA is not None
         with torch.cuda.device(packed.device):
@@ -104,8 +101,8 @@ def _quant_matmul(
             x.data_ptr(),
             packed.data_ptr(),
             scales.data_ptr(),
-            _address(zero_points),
-            _address(bias),
+            address(zero_points),
+            address(bias),
             out.data_ptr(),
             x.numel() // k,
             n,
