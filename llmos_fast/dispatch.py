@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-# where an implementation of that name lives, in the order of preference that ops follow
-FOLDERS = {"triton": "kernels", "native": "native", "reference": "reference"}
+# where an implementation of that name lives, in the order of preference: compiled kernels take the
+# tensors of their device, and CPU tensors reach Triton only where its interpreter is forced
+FOLDERS = {"native": "native", "triton": "kernels", "reference": "reference"}
 _REGISTRY: dict[str, tuple[Implementation, ...]] = {}
 _forced: str | None = os.environ.get("LLMOS_FAST_IMPL") or None
 _explaining = False

@@ -103,8 +103,8 @@ def test_runs_on_the_reference_without_the_extension():
 
 
 def test_table_says_what_runs_and_why_not():
-    refusals = [("triton", "needs CUDA"), ("native", None), ("reference", None)]
-    assert _row(refusals) == ["needs CUDA", "runs", "would run"]
+    refusals = [("native", "needs CPU"), ("triton", None), ("reference", None)]
+    assert _row(refusals) == ["needs CPU", "runs", "would run"]
     assert _row(refusals[1:]) == ["not written", "runs", "would run"]
 
 

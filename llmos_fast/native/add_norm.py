@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from llmos_fast.dropout import dropout_rows
+from llmos_fast.library import differentiable, register, second_order
 from llmos_fast.native.common import (
     _C,
     address,
     dropout_arguments,
     dtype_code,
     refusal,
-    second_order,
 )
-from llmos_fast.native.library import differentiable, register
 from llmos_fast.reference import add_norm as definition
 
 # Rows are summed in this many blocks whatever the number of threads: gradients do not depend on it.

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmos_fast.library import differentiable, register, second_order
 from llmos_fast.native.common import (
     _C,
     address,
     dropout_arguments,
     dtype_code,
     refusal,
-    second_order,
 )
-from llmos_fast.native.library import differentiable, register
 from llmos_fast.reference import attention as definition
 
 # Options that both directions pass on, in the order of the registered ops.

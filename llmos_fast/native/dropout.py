@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmos_fast.library import differentiable
 from llmos_fast.native.add_norm import unsupported as add_norm_unsupported
 from llmos_fast.native.common import _C, address, dropout_arguments, dtype_code
-from llmos_fast.native.library import differentiable
 
 
 def unsupported(*, x: Tensor, residual: Tensor | None, **_: object) -> str | None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmos_fast.library import differentiable, register, second_order
 from llmos_fast.native.activation import activation_backward, activation_forward
-from llmos_fast.native.common import refusal, second_order
-from llmos_fast.native.library import differentiable, register
+from llmos_fast.native.common import refusal
 from llmos_fast.native.product import product
 from llmos_fast.reference import gated_ffn as definition
 

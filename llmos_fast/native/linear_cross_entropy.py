@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmos_fast.native.common import _C, dtype_code, refusal, second_order
-from llmos_fast.native.library import differentiable, register
+from llmos_fast.library import differentiable, register, second_order
+from llmos_fast.native.common import _C, dtype_code, refusal
 from llmos_fast.native.product import product
 from llmos_fast.reference import linear_cross_entropy as definition
 

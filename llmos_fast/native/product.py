@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmos_fast.native.library import differentiable
+from llmos_fast.library import differentiable
 
 
 @cache

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import llmos_fast._C as _C
+from llmos_fast.library import LIBRARY, differentiable, register
 from llmos_fast.native.common import address
-from llmos_fast.native.library import LIBRARY, differentiable, register
 from llmos_fast.quantize import FORMATS, QuantizedWeight, format_of, rounds_activations
 from llmos_fast.reference.quant_matmul import apply_activation
 

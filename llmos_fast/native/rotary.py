@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmos_fast.library import differentiable
 from llmos_fast.native.common import _C, dtype_code, refusal
-from llmos_fast.native.library import differentiable
 
 
 def unsupported(*, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, **_: object) -> str | None:
