@@ -11,7 +11,7 @@ from llmos_fast.dispatch import implementations, select
 from llmos_fast.dropout import draw_seed
 from llmos_fast.ops import check
 
-implementations("attention", "native")
+implementations("attention", "native", "triton")
 
 _OP = "attention"
 

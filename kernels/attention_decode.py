@@ -1,0 +1,305 @@
+"""attention_decode on the GPU: how a launch of attention_split.py is cut, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from llmos_fast.library import register
+
+from .attention_arguments import Scores, rows
+from .attention_split import Factors, Pages, Partials, attention_split
+from .launch import padded
+from .runtime import DEVICES, launch, product_precision, refusal
+
+_MAX_HEAD_DIM = 512
+# of an H100, for the interpreter
+_PROCESSORS = 132
+_BLOCKS_PER_PROCESSOR = 2
+# what it takes to start a block, in keys that it could have read
+_START = 128
+# partials come from the L2 cache and go through no product: cheaper than as many bytes of keys
+_JOIN_COST = 0.5
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """How the kernel is cut into tiles and given warps.
+
+    Attributes:
+        BLOCK_M: rows of a tile, queries times the query heads of one KV head.
+        BLOCK_N: keys of a tile.
+        num_warps: of a block.
+        num_stages: tiles that are loaded ahead.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_launch(group_rows: int, cache_bytes: int, head_dim: int) -> DecodeLaunch:
+    """The launch for ``group_rows`` rows of one KV head.
+
+    Args:
+        group_rows: queries times the query heads of one KV head.
+        cache_bytes: of an element of the caches.
+        head_dim: the larger of head_dim and head_dim_v, padded.
+    """
+    block_m = next((m for m in (16, 32) if group_rows <= m or head_dim > 256), 64)
+    # 16 KiB of keys: with the values and three stages, two blocks share a processor's memory
+    block_n = min(128, max(16, 2**14 // (cache_bytes * head_dim)))
+    return DecodeLaunch(block_m, block_n, num_warps=4, num_stages=3)
+
+
+def launches() -> Iterator[tuple[DecodeLaunch, int, int]]:
+    """Every (launch, cache_bytes, head_dim) that can be chosen."""
+    for group_rows in (16, 32, 64):
+        for cache_bytes in (1, 2, 4):
+            for head_dim in (16, 32, 64, 128, 256, 512):
+                yield choose_launch(group_rows, cache_bytes, head_dim), cache_bytes, head_dim
+
+
+@lru_cache(maxsize=4096)
+def num_splits(programs: int, tiles: int, tile: int, part: float, processors: int) -> int:
+    """Into how many parts the keys of a sequence are cut, from shapes alone.
+
+    It minimises a model of the time, in keys that one block reads: every wave of blocks starts and
+    reads its share, and the last block reads the partials.
+
+    Args:
+        programs: blocks in a launch without splits.
+        tiles: tiles of keys that the cache has room for.
+        tile: keys of a tile.
+        part: bytes of one split's partials, in keys.
+        processors: of the GPU.
+    """
+    slots = _BLOCKS_PER_PROCESSOR * processors
+
+    def time(splits: int) -> float:
+        waves = triton.cdiv(programs * splits, slots)
+        return waves * (_START + triton.cdiv(tiles, splits) * tile) + splits * part * _JOIN_COST
+
+    return min(range(1, max(1, min(tiles, slots)) + 1), key=time)
+
+
+def unsupported(
+    *,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    **_: object,
+) -> str | None:
+    """Needs CUDA tensors in bf16, fp16 or fp32 and head dimensions up to 512."""
+    if (reason := refusal(query, sinks, alibi_slopes, key_scale, value_scale)) is not None:
+        return reason
+    for tensor in (key_cache, value_cache):
+        if tensor.layout is not torch.strided:
+            return f"needs strided tensors, got {tensor.layout}"
+        if not 1 <= tensor.shape[-1] <= _MAX_HEAD_DIM:
+            return f"needs head dimensions of 1 to {_MAX_HEAD_DIM}, got {tensor.shape[-1]}"
+    if key_cache.dtype == torch.float8_e4m3fn and query.is_cuda:
+        capability = torch.cuda.get_device_capability(query.device)
+        if capability < (8, 9):
+            return f"needs compute capability 8.9 or more for float8 caches, got {capability}"
+    return None
+
+
+def forward(
+    *,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None,
+    scale: float,
+    window: tuple[int, int],
+    softcap: float,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+) -> Tensor:
+    """See llmos_fast.ops.attention_decode; the right side of the window ends before the causal."""
+    out: Tensor = _attention_decode(
+        query,
+        key_cache,
+        value_cache,
+        cache_lengths,
+        block_table,
+        key_scale,
+        value_scale,
+        sinks,
+        alibi_slopes,
+        scale,
+        window[0],
+        softcap,
+    )
+    return out
+
+
+def _empty_out(query: Tensor, value_cache: Tensor) -> Tensor:
+    """Uninitialised, with heads inside rows, as the output projection reads them."""
+    batch, heads_q, seq_q, _ = query.shape
+    return query.new_empty(batch, seq_q, heads_q, value_cache.shape[3]).transpose(1, 2)
+
+
+def _decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window_left: int,
+    softcap: float,
+) -> Tensor:
+    out = _empty_out(query, value_cache)
+    if out.numel() == 0:
+        return out
+    batch, heads_q, seq_q, head_dim = query.shape
+    _, heads_kv, page_size, head_dim_v = value_cache.shape
+    capacity = page_size if block_table is None else block_table.shape[1] * page_size
+    group_rows = heads_q // heads_kv * seq_q
+    item = key_cache.element_size()
+    config = choose_launch(group_rows, item, padded(max(head_dim, head_dim_v)))
+    programs = batch * heads_kv * triton.cdiv(group_rows, config.BLOCK_M)
+    splits = num_splits(
+        programs,
+        triton.cdiv(capacity, config.BLOCK_N),
+        config.BLOCK_N,
+        min(group_rows, config.BLOCK_M) * 4 * head_dim_v / (item * (head_dim + head_dim_v)),
+        _processors(query.device),
+    )
+    launch(
+        attention_split,
+        (programs, splits),
+        query.device,
+        query=rows(query),
+        key=rows(key_cache),
+        value=rows(value_cache),
+        out=rows(out),
+        cache_lengths=cache_lengths.contiguous(),
+        pages=_pages(block_table, key_cache.shape[0]),
+        key_factors=_factors(key_scale, key_cache),
+        value_factors=_factors(value_scale, value_cache),
+        scores=_scores(scale, softcap, window_left, alibi_slopes, sinks),
+        partials=_partials(
+            programs, splits, config.BLOCK_M, padded(head_dim_v), query.device
+        ),
+        heads_kv=heads_kv,
+        group=heads_q // heads_kv,
+        seq_q=seq_q,
+        capacity=capacity,
+        splits=splits,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_V=head_dim_v,
+        PAGE_SIZE=0 if block_table is None else page_size,
+        BLOCK_D=padded(head_dim),
+        BLOCK_DV=padded(head_dim_v),
+        PRECISION=product_precision(query.dtype),
+        **asdict(config),
+    )
+    return out
+
+
+def _decode_fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: object) -> Tensor:
+    return _empty_out(query, value_cache)
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _pages(block_table: Tensor | None, total: int) -> Pages | None:
+    if block_table is None:
+        return None
+    return Pages(block_table.contiguous(), block_table.shape[1], total)
+
+
+def _factors(scale: Tensor | None, cache: Tensor) -> Factors | None:
+    return None if scale is None else Factors(scale, *scale.expand(cache.shape[:3]).stride())
+
+
+def _scores(
+    scale: float,
+    softcap: float,
+    window_left: int,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> Scores:
+    alibi = None if alibi_slopes is None else alibi_slopes.float().contiguous()
+    return Scores(
+        scale,
+        softcap or None,
+        left=window_left if window_left >= 0 else None,
+        right=0,
+        mask=None,
+        bias=None,
+        alibi=alibi,
+        alibi_batch_stride=alibi.shape[1] if alibi is not None and alibi.dim() == 2 else 0,
+        sinks=None if sinks is None else sinks.contiguous(),
+        dropout=None,
+        folds=1 if softcap == 0 and alibi is None and scale > 0 else None,
+    )
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _partials(
+    programs: int, splits: int, block_m: int, block_dv: int, device: torch.device
+) -> Partials | None:
+    if splits == 1:
+        return None
+    parts = programs * splits
+    return Partials(
+        torch.empty(parts, block_m, block_dv, dtype=torch.float32, device=device),
+        torch.empty(parts, 2, block_m, dtype=torch.float32, device=device),
+        _zero_counters(programs, device),
+    )
+
+
+def _zero_counters(count: int, device: torch.device) -> Tensor:
+    """Int32[>= count] of zeros, which a launch leaves as it found them.
+
+    Launches on two streams must not share them. A CUDA graph may be replayed on any stream: it gets
+    counters of its own, zeroed in the graph.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    counters = _counters.get((device, stream))
+    if counters is None or counters.numel() < count:
+        counters = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+        _counters[device, stream] = counters
+    return counters
+
+
+_attention_decode = register(
+    "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_lengths, "
+    "Tensor? block_table, Tensor? key_scale, Tensor? value_scale, Tensor? sinks, "
+    "Tensor? alibi_slopes, float scale, int window_left, float softcap) -> Tensor",
+    _decode,
+    _decode_fake,
+    DEVICES,
+)

@@ -1,0 +1,122 @@
+"""Launch tables of the attention kernels: the only tuning data, chosen by a pure function.
+
+Each entry lists the launches for a kernel in order of preference. All of them are compiled and
+gated by the tests (no spills, shared memory within the limit), and those that the self-test struck
+off on this machine are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import triton
+from torch import Tensor
+
+from .attention_arguments import Arguments
+from .attention_rows import fits_tma
+from .runtime import architecture
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is cut into tiles and given warps.
+
+    Attributes:
+        BLOCK_M: query rows of a tile.
+        BLOCK_N: key columns of a tile.
+        num_warps: of a program; warp specialization adds more of its own.
+        num_stages: tiles that are loaded ahead.
+        TMA: tiles are loaded by the copy engine, which needs aligned strides.
+        WARP_SPECIALIZE: loads and products run in warps of their own; for plain scores only.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    TMA: bool = False
+    WARP_SPECIALIZE: bool = False
+
+    def options(self) -> dict[str, int | bool]:
+        """Keywords of the launch."""
+        return {name: v for name, v in asdict(self).items() if name != "WARP_SPECIALIZE"}
+
+
+# half of the H200's L2 cache, so that the next section's rows do not push out this one's
+L2_BYTES = 25 * 2**20
+
+# a launch that the self-test found wrong on this machine: (kernel, launch)
+struck_off: set[tuple[str, Launch]] = set()
+_forced: dict[str, Launch] = {}
+
+
+def padded(head_dim: int) -> int:
+    """Columns of a tile: a power of two, at least what tensor cores take."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def choose(kernel: str, a: Arguments, loaded: Sequence[Tensor]) -> Launch:
+    """The launch of ``kernel`` for a call; ``loaded`` are the tensors that it reads by tiles."""
+    if kernel in _forced:
+        return _forced[kernel]
+    arch = architecture(a.query.device)
+    head_dim = padded(max(a.query.shape[-1], a.value.shape[-1]))
+    candidates = TABLE[kernel][arch][a.query.element_size()][max(64, head_dim)]
+    aligned = all(fits_tma(t) for t in loaded)
+    for launch in candidates[:-1]:
+        if (
+            (aligned or not launch.TMA)
+            and (_plain(a) or not launch.WARP_SPECIALIZE)
+            and launch.BLOCK_M < 2 * max(a.longest[0], 32)
+            and (kernel, launch) not in struck_off
+        ):
+            return launch
+    return candidates[-1]
+
+
+def _plain(a: Arguments) -> bool:
+    """Scores are the scaled products, perhaps causal."""
+    extras = (a.mask, a.bias, a.alibi_slopes, a.sinks, a.seed, a.cu_seqlens_q, a.key_lengths)
+    return all(t is None for t in extras) and a.softcap == 0 and a.window_left < 0 and a.scale > 0
+
+
+def section(a: Arguments) -> int:
+    """Heads whose keys and values are read together; see ``schedule``."""
+    if not a.causal and a.window_right < 0:
+        return 1  # all tiles of a head take as long: one head after the other
+    heads_q, heads_kv = a.heads
+    columns = a.key.shape[-1] + a.value.shape[-1]
+    head_bytes = a.longest[1] * columns * a.key.element_size() * heads_kv / heads_q
+    return max(1, min(a.batch * heads_q, int(L2_BYTES / max(head_bytes, 1))))
+
+
+@contextmanager
+def forced(**launches: Launch) -> Iterator[None]:
+    """Inside, the named kernels are launched so; for tests and for the tuner."""
+    previous = dict(_forced)
+    _forced.update(launches)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(previous)
+
+
+_BIG = 512
+_INTERPRETED = (Launch(32, 32, 4, 1, TMA=True), Launch(32, 32, 4, 1))
+_SMALL = (Launch(64, 32, 4, 2, TMA=True), Launch(64, 32, 4, 2))
+TABLE: dict[str, dict[int, dict[int, dict[int, tuple[Launch, ...]]]]] = {
+    kernel: {
+        0: {size: dict.fromkeys((64, 128, 256, 512), _INTERPRETED) for size in (2, 4)},
+        80: {size: dict.fromkeys((64, 128, 256, 512), _SMALL) for size in (2, 4)},
+        90: {size: dict.fromkeys((64, 128, 256, 512), _SMALL) for size in (2, 4)},
+    }
+    for kernel in (
+        "attention_forward",
+        "attention_backward_key",
+        "attention_backward_query",
+        "attention_backward_bias",
+    )
+}

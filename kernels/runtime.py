@@ -1,0 +1,98 @@
+"""What every kernel here shares: the interpreter, products, refusals, and how it is launched.
+
+Under ``TRITON_INTERPRET=1``, set before triton is imported, the same kernels run on CPU tensors,
+slowly; the tests do that where there is no GPU.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmos_fast.library import refusal_of_transforms
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+# torch's dispatch keys of the devices that the kernels run on
+DEVICES = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Passed with every launch: triton 3.9 warns where the choice is left open.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` in fp32; PRECISION is ``product_precision`` of their dtype."""
+    if _INTERPRETED:
+        # numpy has no bf16: the interpreter would multiply its bit patterns
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def wide(index):
+    """``index`` in 64 bits, before it is multiplied by a stride."""
+    return tl.cast(index, tl.int64)
+
+
+@lru_cache
+def architecture(device: torch.device) -> int:
+    """90 for Hopper and later, 80 for Ampere and Ada, 0 for what is older and for the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, _ = torch.cuda.get_device_capability(device)
+    return 90 if major >= 9 else 80 if major == 8 else 0
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """How tensor cores multiply fp32: as three tf32 products, or one where torch is told so."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "tf32x3"
+    return "tf32"
+
+
+def refusal(*tensors: Tensor | None) -> str | None:
+    """Why these tensors cannot go to a Triton kernel; None where they can."""
+    if (reason := refusal_of_transforms()) is not None:
+        return reason
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not tensor.is_cuda and not (INTERPRETED and tensor.is_cpu):
+            return f"needs CUDA tensors, got {tensor.device}"
+        if tensor.is_cuda and architecture(tensor.device) == 0:
+            capability = torch.cuda.get_device_capability(tensor.device)
+            return f"needs compute capability 8.0 or more, got {capability}"
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            return f"needs bfloat16, float16 or float32, got {tensor.dtype}"
+        if tensor.layout is not torch.strided:
+            return f"needs strided tensors, got {tensor.layout}"
+    return None
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Launches inside go to ``device``; triton takes the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel writes its TMA descriptors; torch's allocator keeps it until it has run."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
+    """Run ``kernel`` on ``device``'s current stream; every launch of the project goes through here."""
+    if 0 in grid:
+        return
+    with on_device(device):
+        # the allocator is kept per thread and context, and gradients run in threads of autograd's
+        triton.set_allocator(_workspace)
+        kernel[grid](**arguments, **COMPILE_OPTIONS)
