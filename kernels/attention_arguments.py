@@ -112,9 +112,7 @@ def plane(x: Tensor | None, scores: tuple[int, ...]) -> Plane | None:
         x = x.view(torch.uint8)
     batch, head, row, column = x.expand(scores).stride()
     sizes = (1, 1, *x.shape)[-2:]
-    return Plane(
-        x, batch, head, row if sizes[0] > 1 else None, column if sizes[1] > 1 else None
-    )
+    return Plane(x, batch, head, row if sizes[0] > 1 else None, column if sizes[1] > 1 else None)
 
 
 class Arguments(NamedTuple):

@@ -21,7 +21,9 @@ from .attention_bias import bias_gradient
 from .attention_rows import load_rows, open_rows, store_rows
 from .attention_scores import (
     LOG2E,
+    kept,
     locate,
+    probabilities,
     schedule,
     score_gradients,
     statistics_row,
@@ -115,12 +117,19 @@ def attention_backward_key(
             # [BLOCK_N, BLOCK_M]
             s = dot(k, tl.trans(q), None, PRECISION)
             do = load_rows(source_do, d_out, first_row, len_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, TMA)
-            dp = dot(v, tl.trans(do), None, PRECISION)
-            p, ds, slope = score_gradients(
-                s, dp, lse2[None, :], delta[None, :], rows, columns, first_row, first_column,
-                row_base, len_q, len_k, shift, batch, head, scores, BLOCK_M, BLOCK_N,
+            p, slope = probabilities(
+                s, lse2[None, :], rows, columns, first_row, first_column,
+                len_q, len_k, shift, batch, head, scores, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            dv = dot(p.to(do.dtype), do, dv, PRECISION)
+            weights = p
+            if scores.dropout is not None:
+                keep = kept(rows, first_column, row_base, scores.dropout, BLOCK_N)
+                weights = tl.where(keep, p, 0.0)
+            dv = dot(weights.to(do.dtype), do, dv, PRECISION)
+            dp = dot(v, tl.trans(do), None, PRECISION)
+            ds = score_gradients(
+                p, dp, delta[None, :], rows, first_column, row_base, scores, BLOCK_N
+            )
             dk = dot((ds * slope).to(q.dtype), q, dk, PRECISION)
     if scores.dropout is not None:
         dv = dv * scores.dropout.keep_scale
@@ -180,10 +189,11 @@ def attention_backward_query(
             # [BLOCK_M, BLOCK_N]
             s = dot(q, tl.trans(k), None, PRECISION)
             dp = dot(do, tl.trans(v), None, PRECISION)
-            _, ds, slope = score_gradients(
-                s, dp, lse2, delta, rows, columns, first_row, first_column, row_base,
+            p, slope = probabilities(
+                s, lse2, rows, columns, first_row, first_column,
                 len_q, len_k, shift, batch, head, scores, BLOCK_M, BLOCK_N,
             )  # fmt: skip
+            ds = score_gradients(p, dp, delta, rows, first_column, row_base, scores, BLOCK_N)
             dq = dot((ds * slope).to(k.dtype), k, dq, PRECISION)
         store_rows(
             dq * scores.scale, d_query, batch, head, start_q, first_row, len_q,

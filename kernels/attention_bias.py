@@ -16,7 +16,13 @@ from torch import Tensor
 from . import launch as launches
 from .attention_arguments import Arguments, plane
 from .attention_rows import load_rows, open_rows
-from .attention_scores import locate, score_gradients, statistics_row, visible_columns
+from .attention_scores import (
+    locate,
+    probabilities,
+    score_gradients,
+    statistics_row,
+    visible_columns,
+)
 from .runtime import dot, launch, wide
 
 
@@ -66,7 +72,9 @@ def attention_backward_bias(
                 r = first_row + tl.arange(0, BLOCK_M)
                 lse2 = tl.load(lse2_ptr + row_base + r, mask=r < len_q, other=float("inf"))
                 delta = tl.load(delta_ptr + row_base + r, mask=r < len_q, other=0.0)
-                low, high = visible_columns(first_row, first_row + BLOCK_M - 1, len_k, shift, scores)
+                low, high = visible_columns(
+                    first_row, first_row + BLOCK_M - 1, len_k, shift, scores
+                )
                 begin = tl.maximum(column_begin, low // BLOCK_N)
                 end = tl.minimum(column_end, tl.cdiv(high, BLOCK_N))
                 for column_tile in range(begin, end):
@@ -80,12 +88,13 @@ def attention_backward_bias(
                     )
                     s = dot(q, tl.trans(k), None, PRECISION)
                     dp = dot(do, tl.trans(v), None, PRECISION)
-                    _, ds, _ = score_gradients(
-                        s, dp, lse2[:, None], delta[:, None], r[:, None], columns, first_row,
-                        first_column, row_base, len_q, len_k, shift, batch, head, scores,
-                        BLOCK_M, BLOCK_N,
+                    p, _ = probabilities(
+                        s, lse2[:, None], r[:, None], columns, first_row, first_column,
+                        len_q, len_k, shift, batch, head, scores, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
-                    total += ds
+                    total += score_gradients(
+                        p, dp, delta[:, None], r[:, None], first_column, row_base, scores, BLOCK_N
+                    )
     base = d_bias.ptr + wide(bias_batch) * d_bias.batch_stride
     base += wide(bias_head) * d_bias.head_stride
     r = row_begin * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -198,9 +198,7 @@ def _decode(
         key_factors=_factors(key_scale, key_cache),
         value_factors=_factors(value_scale, value_cache),
         scores=_scores(scale, softcap, window_left, alibi_slopes, sinks),
-        partials=_partials(
-            programs, splits, config.BLOCK_M, padded(head_dim_v), query.device
-        ),
+        partials=_partials(programs, splits, config.BLOCK_M, padded(head_dim_v), query.device),
         heads_kv=heads_kv,
         group=heads_q // heads_kv,
         seq_q=seq_q,

@@ -46,12 +46,8 @@ def attention_forward(
     start_q, len_q, start_k, len_k, shift = locate(sequences, batch)
     first_row = tile * BLOCK_M
     if first_row < len_q:
-        source_q = open_rows(
-            query, batch, head, start_q, len_q, HEAD_DIM, BLOCK_M, BLOCK_D, TMA
-        )
-        source_k = open_rows(
-            key, batch, head_kv, start_k, len_k, HEAD_DIM, BLOCK_N, BLOCK_D, TMA
-        )
+        source_q = open_rows(query, batch, head, start_q, len_q, HEAD_DIM, BLOCK_M, BLOCK_D, TMA)
+        source_k = open_rows(key, batch, head_kv, start_k, len_k, HEAD_DIM, BLOCK_N, BLOCK_D, TMA)
         source_v = open_rows(
             value, batch, head_kv, start_k, len_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV, TMA
         )

@@ -197,24 +197,22 @@ def kept(rows, first_column, row_base, dropout, N: tl.constexpr):
 
 
 @triton.jit
-def score_gradients(
-    s, dp, lse2, delta, rows, columns, first_row, first_column, row_base,
+def probabilities(
+    s, lse2, rows, columns, first_row, first_column,
     len_q, len_k, shift, batch, head, scores, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """(p, ds, slope) of a tile of products ``s`` = q k^T and ``dp`` = d_out v^T, or transposed.
-
-    p multiplies the values; ds is the gradient of the scores as bias sees them, and ds * slope that
-    of the scaled products. The kept probabilities still lack ``keep_scale``.
-    """
+    """(p, slope) of a tile of products whose rows' log-sum-exps are known, before dropout."""
     s, slope = transform(s, rows, columns, len_q, len_k, shift, batch, head, scores)
     if hides_some(first_row, first_column, len_k, shift, scores, M, N):
         allowed = visible(rows, columns, len_q, len_k, shift, batch, head, scores)
         s = tl.where(allowed, s, float("-inf"))
-    p = tl.exp2(s * score_factor(scores) - lse2)
+    return tl.exp2(s * score_factor(scores) - lse2), slope
+
+
+@triton.jit
+def score_gradients(p, dp, delta, rows, first_column, row_base, scores, N: tl.constexpr):
+    """Gradient of a tile of scores, as a bias sees it; ``dp`` is d_out value^T, or transposed."""
     if scores.dropout is not None:
         keep = kept(rows, first_column, row_base, scores.dropout, N)
-        ds = p * (tl.where(keep, dp * scores.dropout.keep_scale, 0.0) - delta)
-        p = tl.where(keep, p, 0.0)
-    else:
-        ds = p * (dp - delta)
-    return p, ds, slope
+        dp = tl.where(keep, dp * scores.dropout.keep_scale, 0.0)
+    return p * (dp - delta)

@@ -150,9 +150,7 @@ def _attend(
         s = dot(q, tl.trans(k.to(q.dtype)), None, PRECISION)
         if key_factors is not None:
             s = s * _load_factors(key_factors, page, head_kv, page_row, filled)[None, :]
-        s, _ = transform(
-            s, rows, columns, seq_q, stop, shift, batch, head[:, None], scores
-        )
+        s, _ = transform(s, rows, columns, seq_q, stop, shift, batch, head[:, None], scores)
         allowed = visible(rows, columns, seq_q, stop, shift, batch, head[:, None], scores)
         s = tl.where(allowed, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
