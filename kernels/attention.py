@@ -74,17 +74,18 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a = Arguments(*inputs)
     ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-    ctx.others = a._replace(**{a._fields[i]: None for i in ctx.tensors})
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.save_for_backward(*(inputs[i] for i in ctx.tensors), *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, out, lse = ctx.saved_tensors
-    names = [Arguments._fields[i] for i in ctx.tensors]
-    a = ctx.others._replace(**dict(zip(names, tensors, strict=True)))
+    arguments = list(ctx.others)
+    for i, tensor in zip(ctx.tensors, tensors, strict=True):
+        arguments[i] = tensor
+    a = Arguments(*arguments)
     needs = dict(zip(Arguments._fields, ctx.needs_input_grad, strict=True))
     gradients: dict[str, Tensor | None] = {}
     if d_out is None and d_lse is None:

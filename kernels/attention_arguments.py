@@ -6,7 +6,7 @@ a last stride of 1 is known to be one.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

@@ -81,7 +81,7 @@ def attention_backward_key(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_N, ...] of d_key and d_value: over all queries of all heads that share the key head."""
+    """[BLOCK_N, ...] of d_key and d_value: over all queries of the heads that share a key head."""
     tile, batch_head = schedule(tiles, heads, section, LAST_FIRST=False)
     batch = batch_head // (sequences.heads_q // sequences.group)
     head_kv = batch_head % (sequences.heads_q // sequences.group)

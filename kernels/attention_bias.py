@@ -115,7 +115,7 @@ def attention_backward_bias(
 
 
 def bias_gradient(a: Arguments, common: dict[str, Any]) -> Tensor:
-    """d_bias in the shape and dtype of ``a.bias``; ``common`` is what the backward kernels share."""
+    """d_bias in the shape and dtype of ``a.bias``; ``common`` is what backward kernels share."""
     assert a.bias is not None
     d_bias = torch.empty(a.bias.shape, dtype=a.bias.dtype, device=a.bias.device)
     bias_batches, bias_heads, bias_rows, bias_columns = (1, 1, 1, 1, *a.bias.shape)[-4:]

@@ -27,7 +27,7 @@ from .attention_scores import (
     visible,
     visible_columns,
 )
-from .attention_tiles import tile_start, list_columns, tile_range
+from .attention_tiles import list_columns, tile_range, tile_start
 from .runtime import dot, launch, product_precision
 
 

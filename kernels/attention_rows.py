@@ -12,7 +12,7 @@ def open_rows(
     rows, batch, head, start, length,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """What ``load_rows`` reads a sequence from: a descriptor of its rows alone, or their address."""
+    """What ``load_rows`` reads a sequence from: a descriptor of its rows, or their address."""
     base = rows.ptr + wide(batch) * rows.batch_stride + wide(head) * rows.head_stride
     base += wide(start) * rows.row_stride
     if TMA:

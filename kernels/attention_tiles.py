@@ -20,7 +20,7 @@ from .runtime import launch, wide
 
 
 class TileList(NamedTuple):
-    """Tiles to visit: of ``indices[batch, head, tile, :]`` the first ``counts[batch, head, tile]``."""
+    """Tiles to visit: the first ``counts[batch, head, tile]`` of ``indices[batch, head, tile]``."""
 
     counts: Tensor
     indices: Tensor

@@ -45,7 +45,7 @@ def wide(index):
 
 @lru_cache
 def architecture(device: torch.device) -> int:
-    """90 for Hopper and later, 80 for Ampere and Ada, 0 for what is older and for the interpreter."""
+    """90 for Hopper and later, 80 for Ampere and Ada, 0 for older ones and the interpreter."""
     if device.type != "cuda":
         return 0
     major, _ = torch.cuda.get_device_capability(device)
@@ -89,7 +89,7 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
-    """Run ``kernel`` on ``device``'s current stream; every launch of the project goes through here."""
+    """Run ``kernel`` on the current stream of ``device``; all launches go through here."""
     if 0 in grid:
         return
     with on_device(device):

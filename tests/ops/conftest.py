@@ -1,14 +1,8 @@
-"""Fixtures of the op tests: dtypes, and the instruction sets that this CPU has."""
+"""Fixtures of the op tests: the instruction sets that this CPU has."""
 
 import pytest
-import torch
 
 from llmos_fast import _C
-
-
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def dtype(request):
-    return request.param
 
 
 @pytest.fixture(params=["avx512", "avx2", "generic"])

@@ -1,5 +1,7 @@
 """Attention against its definition, feature by feature and in pairs, and what must never happen."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +11,19 @@ from hypothesis import strategies as st
 from llmos_fast import explain, ops, reference
 from llmos_fast.testing import assert_within_budget, outputs_and_gradients, random
 
+IMPLEMENTATIONS = ["native", "triton"]
 SHAPES = [  # batch, heads_q, heads_kv, seq_q, seq_k, head_dim, head_dim_v
-    (1, 1, 1, 1, 1, 1, 1),
-    (2, 8, 2, 63, 63, 16, 16),
-    (1, 4, 4, 7, 253, 20, 36),
-    (2, 2, 1, 100, 300, 64, 64),
-    (1, 2, 2, 5, 3, 8, 8),
+    ("native", (1, 1, 1, 1, 1, 1, 1)),
+    ("native", (2, 8, 2, 63, 63, 16, 16)),
+    ("native", (1, 4, 4, 7, 253, 20, 36)),
+    ("native", (2, 2, 1, 100, 300, 64, 64)),
+    ("native", (1, 2, 2, 5, 3, 8, 8)),
+    # interpreted, with tiles of 32 x 32
+    ("triton", (1, 1, 1, 1, 1, 1, 1)),
+    ("triton", (2, 4, 2, 63, 33, 16, 16)),
+    ("triton", (1, 2, 2, 7, 70, 20, 36)),
+    ("triton", (1, 2, 1, 40, 50, 64, 64)),
+    ("triton", (1, 2, 2, 5, 3, 8, 8)),
 ]
 
 FEATURES = {
@@ -61,7 +70,7 @@ def make_call(shape, features, dtype, requires_grad=True):
     return tensors, options
 
 
-def check(shape, features, dtype, impl="native"):
+def check(shape, features, dtype, impl):
     tensors, options = make_call(shape, features, dtype)
     batch, heads_q, heads_kv, seq_q, seq_k, head_dim, head_dim_v = shape
     # a gradient chains two sums, over a head's features and then over keys or a group's queries;
@@ -75,36 +84,49 @@ def check(shape, features, dtype, impl="native"):
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_each_feature(shape, feature, dtype):
-    check(shape, FEATURES[feature], dtype)
+@pytest.mark.parametrize(("impl", "shape"), SHAPES, ids=str)
+def test_each_feature(impl, shape, feature, dtype):
+    check(shape, FEATURES[feature], dtype, impl)
 
 
 @pytest.mark.parametrize("feature", ["dropout", "softcap", "row_bias", "bottom_right"])
 def test_every_instruction_set(cpu_set, feature, dtype):
-    check((2, 4, 2, 50, 270, 40, 24), FEATURES[feature], dtype)
+    check((2, 4, 2, 50, 270, 40, 24), FEATURES[feature], dtype, "native")
+
+
+def shapes(longest_q, longest_k):
+    sizes = st.integers(1, 40)
+    heads_kv, batch = st.sampled_from([1, 2, 4]), st.integers(1, 2)
+    lengths = (st.integers(1, longest_q), st.integers(1, longest_k))
+    return st.tuples(batch, st.just(4), heads_kv, *lengths, sizes, sizes)
+
+
+names = st.sets(st.sampled_from(sorted(FEATURES)), max_size=5)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+def combine(names):
+    return {k: v for name in sorted(names) for k, v in FEATURES[name].items()}
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    shape=st.tuples(
-        st.integers(1, 2),
-        st.just(4),
-        st.sampled_from([1, 2, 4]),
-        st.integers(1, 70),
-        st.integers(1, 300),
-        st.integers(1, 40),
-        st.integers(1, 40),
-    ),
-    names=st.sets(st.sampled_from(sorted(FEATURES)), max_size=5),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
+@given(shape=shapes(70, 300), names=names, dtype=dtypes)
 def test_features_combine(shape, names, dtype):
-    features = {k: v for name in sorted(names) for k, v in FEATURES[name].items()}
-    check(shape, features, dtype)
+    check(shape, combine(names), dtype, "native")
 
 
-@pytest.mark.parametrize("impl", ["native", "reference"])
+@settings(max_examples=20, deadline=None)
+@given(shape=shapes(70, 70), names=names, dtype=dtypes)
+def test_features_combine_in_triton(shape, names, dtype):
+    check(shape, combine(names), dtype, "triton")
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(sorted(FEATURES), 2)), ids="-".join)
+def test_pairs_of_features_in_triton(pair):
+    check((1, 2, 1, 37, 45, 16, 16), combine(pair), torch.float32, "triton")
+
+
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_agrees_with_sdpa(impl, causal):
     query, key, value = (random(2, 3, 65, 32) for _ in range(3))
@@ -114,7 +136,7 @@ def test_agrees_with_sdpa(impl, causal):
     )
 
 
-@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference"])
 def test_rows_without_a_key_give_zero_and_no_gradient(impl, dtype):
     tensors, _ = make_call((2, 2, 2, 6, 9, 8, 8), {"sinks": True}, dtype)
     mask = torch.ones(2, 1, 6, 9, dtype=torch.bool)
@@ -132,27 +154,29 @@ def test_rows_without_a_key_give_zero_and_no_gradient(impl, dtype):
     assert not gradients["query"][0, :, 2].any()
 
 
-def test_later_keys_do_not_reach_earlier_rows():
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_later_keys_do_not_reach_earlier_rows(impl):
     query, key, value = (random(1, 2, 70, 16) for _ in range(3))
-    before = ops.attention(query, key, value, causal=True, impl="native")
+    before = ops.attention(query, key, value, causal=True, impl=impl)
     key[:, :, 40:], value[:, :, 40:] = 1e4, -1e4
-    after = ops.attention(query, key, value, causal=True, impl="native")
+    after = ops.attention(query, key, value, causal=True, impl=impl)
     assert torch.equal(after[:, :, :40], before[:, :, :40])
 
 
-def test_any_strides():
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_any_strides(impl):
     packed = random(2, 50, 3, 4, 16)  # batch, seq, (q, k, v), heads, head_dim
     query, key, value = packed.permute(2, 0, 3, 1, 4)
     odd = random(2, 4, 16, 50).transpose(2, 3)  # head_dim is not the fastest dimension
     mask = torch.rand(50, 2).gt(0.5).t()[:, None, None, :]
     for q in (query, odd):
-        ours = ops.attention(q, key, value, mask=mask, impl="native")
+        ours = ops.attention(q, key, value, mask=mask, impl=impl)
         dense = (t.contiguous() for t in (q, key, value))
-        assert torch.equal(ours, ops.attention(*dense, mask=mask.contiguous(), impl="native"))
+        assert torch.equal(ours, ops.attention(*dense, mask=mask.contiguous(), impl=impl))
 
 
 @pytest.mark.parametrize(("seq_q", "seq_k"), [(0, 5), (5, 0), (0, 0)])
-@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference"])
 def test_empty(impl, seq_q, seq_k):
     tensors, options = make_call((2, 2, 1, seq_q, seq_k, 8, 4), {}, torch.float32)
     (out, lse), gradients = outputs_and_gradients(ops.attention, tensors, options | {"impl": impl})
@@ -162,8 +186,9 @@ def test_empty(impl, seq_q, seq_k):
     assert all(not g.any() for g in gradients.values())
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("causal", [False, True, "bottom_right"])
-def test_packed_sequences_equal_separate_ones(causal, dtype):
+def test_packed_sequences_equal_separate_ones(impl, causal, dtype):
     lengths_q, lengths_k = [5, 1, 0, 60], [9, 1, 3, 60]
     cu_q, cu_k = (
         torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32)
@@ -175,7 +200,7 @@ def test_packed_sequences_equal_separate_ones(causal, dtype):
         "value": random(73, 2, 24, dtype=dtype, requires_grad=True),
     }
     options = {"cu_seqlens": (cu_q, cu_k, 60, 60), "causal": causal, "window": (20, -1)}
-    (ours,), gradients = outputs_and_gradients(ops.attention, tensors, options | {"impl": "native"})
+    (ours,), gradients = outputs_and_gradients(ops.attention, tensors, options | {"impl": impl})
     assert ours.shape == (66, 4, 24)
     parts = []
     for b in range(4):
@@ -183,7 +208,7 @@ def test_packed_sequences_equal_separate_ones(causal, dtype):
         k, v = (
             tensors[n][cu_k[b] : cu_k[b + 1]].transpose(0, 1).unsqueeze(0) for n in ("key", "value")
         )
-        part = ops.attention(q, k, v, causal=causal, window=(20, -1), impl="native")
+        part = ops.attention(q, k, v, causal=causal, window=(20, -1), impl=impl)
         parts.append(part.squeeze(0).transpose(0, 1))
     assert torch.equal(ours, torch.cat(parts))
     assert_within_budget(
@@ -191,18 +216,19 @@ def test_packed_sequences_equal_separate_ones(causal, dtype):
         reference.attention,
         tensors,
         options | {"dropout_p": 0.2, "return_lse": True},
-        impl="native",
+        impl=impl,
         reduction=66,
     )
     assert gradients["key"].isfinite().all()
 
 
-def test_dropout_keeps_the_expectation():
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_dropout_keeps_the_expectation(impl):
     ones = torch.ones(1, 1, 400, 64)
-    out = ops.attention(ones, ones, ones, dropout_p=0.25, impl="native")
+    out = ops.attention(ones, ones, ones, dropout_p=0.25, impl=impl)
     # mean of 400 x 400 Bernoulli draws, each 4/3 or 0: its deviation is 0.0015
     assert abs(out.mean().item() - 1.0) < 5 * 0.0015
-    assert not ops.attention(ones, ones, ones, dropout_p=1.0, impl="native").any()
+    assert not ops.attention(ones, ones, ones, dropout_p=1.0, impl=impl).any()
 
 
 BAD = [
@@ -251,4 +277,9 @@ def test_forced_implementation_says_why_not():
     x = random(1, 1, 2, 4, dtype=torch.float64)
     with pytest.raises(ValueError, match="native needs float32 or bfloat16"):
         ops.attention(x, x, x, impl="native")
+    with pytest.raises(ValueError, match="triton needs bfloat16, float16 or float32"):
+        ops.attention(x, x, x, impl="triton")
+    wide = random(1, 1, 2, 520)
+    with pytest.raises(ValueError, match="triton needs head_dim of at most 512, got 520"):
+        ops.attention(wide, wide, wide, impl="triton")
     assert explain(ops.attention, x, x, x)[-1] == ("reference", None)
