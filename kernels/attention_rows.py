@@ -64,10 +64,13 @@ def store_rows(
 
 def fits_tma(x: Tensor) -> bool:
     """Whether the copy engine can read it: 16-byte rows on 16-byte addresses, columns adjacent."""
-    size = x.element_size()
+    element = x.element_size()
+    row_stride = x.stride(-2) if x.dim() == 4 else x.stride(0)
+    outer = zip(x.stride()[:-1], x.shape[:-1], strict=True)
     return (
         x.stride(-1) == 1
         and x.data_ptr() % 16 == 0
-        and all(stride * size % 16 == 0 for stride in x.stride()[:-1])
-        and min(x.stride()[:-1], default=1) > 0
+        and row_stride > 0
+        and row_stride * element % 16 == 0
+        and all(stride * element % 16 == 0 for stride, size in outer if size > 1)
     )
