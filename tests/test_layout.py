@@ -41,7 +41,16 @@ FORBIDDEN = {
     "ops": ("native", "kernels", "nn", "models", "training", "generation"),
     "nn": ("native", "kernels", "models", "training", "generation", "dispatch"),
     "models": ("native", "kernels", "training", "generation", "dispatch"),
+    "integrations": ("native", "kernels", "nn", "models", "training", "generation"),
+    "compat": ("native", "kernels", "nn", "models", "training", "generation", "dispatch"),
 }
+
+
+def test_gpu_kernels_import_neither_layers_nor_other_implementations():
+    for path in (ROOT / "kernels").glob("*.py"):
+        for name in imports_of(path):
+            target = name.split(".")[1] if "." in name else ""
+            assert target not in ("native", "nn", "models", "training", "generation"), path.name
 
 
 @pytest.mark.parametrize("folder", FORBIDDEN)

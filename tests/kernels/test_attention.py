@@ -179,7 +179,7 @@ def test_bias_gradient_has_the_bias_shape_and_dtype(shape, dtype):
         "sinks": random(2, dtype=dtype),
     }
     assert_within_budget(
-        ops.attention, reference.attention, tensors, {}, impl="triton", reduction=2 * 2 * 40 * 40
+        ops.attention, reference.attention, tensors, {}, impl="triton", reduction=4 * 40 * 40 * 8
     )
 
 
