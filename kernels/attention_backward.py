@@ -37,14 +37,14 @@ from .runtime import dot, launch, product_precision
 @triton.jit
 def attention_statistics(
     out, d_out, lse_ptr, d_lse_ptr, lse2_ptr, delta_ptr, d_sink_rows_ptr, sinks, sequences,
-    HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+    tiles, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Per row: base-2 log-sum-exp with the sink (inf where nothing is attended), and delta."""
-    batch_head = tl.program_id(1)
+    batch_head = tl.program_id(0) // tiles
     batch = batch_head // sequences.heads_q
     head = batch_head % sequences.heads_q
     start_q, len_q, _, _, _ = locate(sequences, batch)
-    first_row = tl.program_id(0) * BLOCK_M
+    first_row = tl.program_id(0) % tiles * BLOCK_M
     r = first_row + tl.arange(0, BLOCK_M)
     inside = r < len_q
     source = open_rows(out, batch, head, start_q, len_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, False)
@@ -270,10 +270,12 @@ def _statistics(
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     # rows of no sequence are not visited
     d_sink_rows = torch.zeros_like(lse) if need_sinks else None
-    block = 64
+    block_d = launches.padded(a.value.shape[-1])
+    block = 8192 // block_d  # 64 registers for each of the two tensors
+    tiles = triton.cdiv(a.longest[0], block)
     launch(
         attention_statistics,
-        (triton.cdiv(a.longest[0], block), a.batch * a.heads[0]),
+        (tiles * a.batch * a.heads[0],),
         a.query.device,
         out=rows(out),
         d_out=rows(d_out),
@@ -284,9 +286,10 @@ def _statistics(
         d_sink_rows_ptr=d_sink_rows,
         sinks=a.scores().sinks,
         sequences=a.sequences(),
+        tiles=tiles,
         HEAD_DIM_V=a.value.shape[-1],
         BLOCK_M=block,
-        BLOCK_DV=launches.padded(a.value.shape[-1]),
+        BLOCK_DV=block_d,
         num_warps=4,
     )
     if d_sink_rows is None:

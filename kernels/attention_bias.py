@@ -29,15 +29,15 @@ from .runtime import dot, launch, wide
 @triton.jit
 def attention_backward_bias(
     query, key, value, d_out, d_bias, lse2_ptr, delta_ptr, sequences, scores,
-    batches, heads, bias_batches, bias_heads, row_tiles, column_tiles,
+    tiles, batches, heads, bias_batches, bias_heads, row_tiles, column_tiles,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of d_bias in the bias's own shape: sums over whatever it was broadcast along."""
-    bias_batch = tl.program_id(1) // bias_heads
-    bias_head = tl.program_id(1) % bias_heads
-    tile = tl.program_id(0)
+    tile = tl.program_id(0) % tiles
+    bias_batch = tl.program_id(0) // tiles // bias_heads
+    bias_head = tl.program_id(0) // tiles % bias_heads
     row_begin = 0
     row_end = row_tiles
     column_begin = 0
@@ -125,8 +125,9 @@ def bias_gradient(a: Arguments, common: dict[str, Any]) -> Tensor:
     tiles = (row_tiles if bias_rows > 1 else 1) * (column_tiles if bias_columns > 1 else 1)
     launch(
         attention_backward_bias,
-        (tiles, bias_batches * bias_heads),
+        (tiles * bias_batches * bias_heads,),
         a.query.device,
+        tiles=tiles,
         d_bias=plane(d_bias, a.scores_shape),
         batches=a.batch,
         heads=a.heads[0],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import product
 
 import torch
 import triton
@@ -17,7 +18,8 @@ from .attention_split import Factors, Pages, Partials, attention_split
 from .launch import padded
 from .runtime import DEVICES, launch, product_precision, refusal
 
-_MAX_HEAD_DIM = 512
+# by bytes of an element of the queries: what fits into registers
+_MAX_HEAD_DIM = {2: 512, 4: 128}
 # of an H100, for the interpreter
 _PROCESSORS = 132
 _BLOCKS_PER_PROCESSOR = 2
@@ -34,36 +36,47 @@ class DecodeLaunch:
     Attributes:
         BLOCK_M: rows of a tile, queries times the query heads of one KV head.
         BLOCK_N: keys of a tile.
+        JOIN_STAGES: partials that the last block loads ahead.
         num_warps: of a block.
-        num_stages: tiles that are loaded ahead.
+        num_stages: tiles of keys and values that are loaded ahead.
     """
 
     BLOCK_M: int
     BLOCK_N: int
+    JOIN_STAGES: int
     num_warps: int
     num_stages: int
 
 
-def choose_launch(group_rows: int, cache_bytes: int, head_dim: int) -> DecodeLaunch:
+def choose_launch(group_rows: int, query_bytes: int, head_dim: int, paged: bool) -> DecodeLaunch:
     """The launch for ``group_rows`` rows of one KV head.
+
+    Every warp holds all rows of the queries, so that registers bound the tiles: with these none
+    are spilled. The shared memory lets two blocks share a processor.
 
     Args:
         group_rows: queries times the query heads of one KV head.
-        cache_bytes: of an element of the caches.
+        query_bytes: of an element of the queries, in which the products are computed.
         head_dim: the larger of head_dim and head_dim_v, padded.
+        paged: the addresses of a tile must be loaded too, one stage before it.
     """
-    block_m = next((m for m in (16, 32) if group_rows <= m or head_dim > 256), 64)
-    # 16 KiB of keys: with the values and three stages, two blocks share a processor's memory
-    block_n = min(128, max(16, 2**14 // (cache_bytes * head_dim)))
-    return DecodeLaunch(block_m, block_n, num_warps=4, num_stages=3)
+    block_m = 32 if group_rows > 16 and query_bytes == 2 and head_dim <= 256 else 16
+    return DecodeLaunch(
+        BLOCK_M=block_m,
+        BLOCK_N=min(64, 2**14 // (query_bytes * head_dim)),
+        JOIN_STAGES=max(2, min(8, 1 + 3 * 2**14 // (4 * block_m * head_dim))),
+        num_warps=4,
+        num_stages=4 if paged else 3,
+    )
 
 
-def launches() -> Iterator[tuple[DecodeLaunch, int, int]]:
-    """Every (launch, cache_bytes, head_dim) that can be chosen."""
-    for group_rows in (16, 32, 64):
-        for cache_bytes in (1, 2, 4):
-            for head_dim in (16, 32, 64, 128, 256, 512):
-                yield choose_launch(group_rows, cache_bytes, head_dim), cache_bytes, head_dim
+def launches() -> Iterator[tuple[DecodeLaunch, int, int, bool]]:
+    """Every (launch, query_bytes, head_dim, paged) that can be chosen."""
+    for query_bytes, largest in _MAX_HEAD_DIM.items():
+        for power in range(4, largest.bit_length()):
+            for group_rows, paged in product((16, 32), (False, True)):
+                key = query_bytes, 2**power, paged
+                yield choose_launch(group_rows, *key), *key
 
 
 @lru_cache(maxsize=4096)
@@ -100,14 +113,16 @@ def unsupported(
     value_scale: Tensor | None,
     **_: object,
 ) -> str | None:
-    """Needs CUDA tensors in bf16, fp16 or fp32 and head dimensions up to 512."""
+    """Needs CUDA tensors, and head dimensions up to 512 (128 for fp32)."""
     if (reason := refusal(query, sinks, alibi_slopes, key_scale, value_scale)) is not None:
         return reason
+    largest = _MAX_HEAD_DIM[query.element_size()]
     for tensor in (key_cache, value_cache):
         if tensor.layout is not torch.strided:
             return f"needs strided tensors, got {tensor.layout}"
-        if not 1 <= tensor.shape[-1] <= _MAX_HEAD_DIM:
-            return f"needs head dimensions of 1 to {_MAX_HEAD_DIM}, got {tensor.shape[-1]}"
+        if not 1 <= tensor.shape[-1] <= largest:
+            rule = f"needs head dimensions of 1 to {largest} for {query.dtype}"
+            return f"{rule}, got {tensor.shape[-1]}"
     if key_cache.dtype == torch.float8_e4m3fn and query.is_cuda:
         capability = torch.cuda.get_device_capability(query.device)
         if capability < (8, 9):
@@ -176,7 +191,8 @@ def _decode(
     capacity = page_size if block_table is None else block_table.shape[1] * page_size
     group_rows = heads_q // heads_kv * seq_q
     item = key_cache.element_size()
-    config = choose_launch(group_rows, item, padded(max(head_dim, head_dim_v)))
+    widest = padded(max(head_dim, head_dim_v))
+    config = choose_launch(group_rows, query.element_size(), widest, block_table is not None)
     programs = batch * heads_kv * triton.cdiv(group_rows, config.BLOCK_M)
     splits = num_splits(
         programs,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 import triton
 from torch import Tensor
@@ -40,8 +40,14 @@ class Launch:
     WARP_SPECIALIZE: bool = False
 
     def options(self) -> dict[str, int | bool]:
-        """Keywords of the launch."""
-        return {name: v for name, v in asdict(self).items() if name != "WARP_SPECIALIZE"}
+        """Keywords of the launch that every kernel takes."""
+        return {
+            "BLOCK_M": self.BLOCK_M,
+            "BLOCK_N": self.BLOCK_N,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "TMA": self.TMA,
+        }
 
 
 # half of the H200's L2 cache, so that the next section's rows do not push out this one's
@@ -53,23 +59,23 @@ _forced: dict[str, Launch] = {}
 
 
 def padded(head_dim: int) -> int:
-    """Columns of a tile: a power of two, at least what tensor cores take."""
-    return max(16, triton.next_power_of_2(head_dim))
+    """Columns of a tile: a power of two, 64 at least (triton 3.7.1's wgmma crashes on fewer)."""
+    return max(64, int(triton.next_power_of_2(head_dim)))
 
 
 def choose(kernel: str, a: Arguments, loaded: Sequence[Tensor]) -> Launch:
     """The launch of ``kernel`` for a call; ``loaded`` are the tensors that it reads by tiles."""
+    aligned = all(fits_tma(t) for t in loaded)
     if kernel in _forced:
-        return _forced[kernel]
+        return replace(_forced[kernel], TMA=_forced[kernel].TMA and aligned)
     arch = architecture(a.query.device)
     head_dim = padded(max(a.query.shape[-1], a.value.shape[-1]))
-    candidates = TABLE[kernel][arch][a.query.element_size()][max(64, head_dim)]
-    aligned = all(fits_tma(t) for t in loaded)
+    candidates = TABLE[kernel][arch][a.query.element_size()][head_dim]
     for launch in candidates[:-1]:
         if (
             (aligned or not launch.TMA)
             and (_plain(a) or not launch.WARP_SPECIALIZE)
-            and launch.BLOCK_M < 2 * max(a.longest[0], 32)
+            and 2 * max(a.longest[0], 32) > launch.BLOCK_M
             and (kernel, launch) not in struck_off
         ):
             return launch

@@ -6,9 +6,10 @@ slowly; the tests do that where there is no GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -43,9 +44,24 @@ def wide(index):
     return tl.cast(index, tl.int64)
 
 
-@lru_cache
+class Offline(NamedTuple):
+    """A GPU that is not there: kernels are compiled for it, and not run."""
+
+    architecture: int
+    compile: Callable[..., None]
+
+
+# set by offline.py
+offline: Offline | None = None
+
+
 def architecture(device: torch.device) -> int:
     """90 for Hopper and later, 80 for Ampere and Ada, 0 for older ones and the interpreter."""
+    return _architecture(device) if offline is None else offline.architecture
+
+
+@lru_cache
+def _architecture(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     major, _ = torch.cuda.get_device_capability(device)
@@ -91,6 +107,9 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
     """Run ``kernel`` on the current stream of ``device``; all launches go through here."""
     if 0 in grid:
+        return
+    if offline is not None:
+        offline.compile(kernel, grid, **arguments, **COMPILE_OPTIONS)
         return
     with on_device(device):
         # the allocator is kept per thread and context, and gradients run in threads of autograd's
