@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
 from .attention_arguments import Arguments
 from .attention_rows import fits_tma
+from .ptxas import REMEDY
 from .runtime import architecture
 
 
@@ -53,8 +56,33 @@ class Launch:
 # half of the H200's L2 cache, so that the next section's rows do not push out this one's
 L2_BYTES = 25 * 2**20
 
-# a launch that the self-test found wrong on this machine: (kernel, launch)
-struck_off: set[tuple[str, Launch]] = set()
+
+class Variant(NamedTuple):
+    """A launch, and what else decides about the code of a kernel's loop: the self-test judges it.
+
+    Attributes:
+        kernel: its name.
+        launch: how it is cut into tiles.
+        head_dim: columns of a tile, of query or value, whichever are more.
+        dtype: of query, key and value.
+        hides: whether keys are hidden by their position: causal, or a window.
+    """
+
+    kernel: str
+    launch: Launch
+    head_dim: int
+    dtype: torch.dtype
+    hides: bool
+
+
+class Pinned(Arguments):
+    """A call that brings its launches, by kernel: unlike ``forced``, no other thread sees them."""
+
+    launches: dict[str, Launch]
+
+
+# what the self-test found wrong on this machine
+struck_off: set[Variant] = set()
 _forced: dict[str, Launch] = {}
 
 
@@ -65,21 +93,40 @@ def padded(head_dim: int) -> int:
 
 def choose(kernel: str, a: Arguments, loaded: Sequence[Tensor]) -> Launch:
     """The launch of ``kernel`` for a call; ``loaded`` are the tensors that it reads by tiles."""
+    if isinstance(a, Pinned):
+        return a.launches[kernel]
     aligned = all(fits_tma(t) for t in loaded)
     if kernel in _forced:
         return replace(_forced[kernel], TMA=_forced[kernel].TMA and aligned)
-    arch = architecture(a.query.device)
     head_dim = padded(max(a.query.shape[-1], a.value.shape[-1]))
-    candidates = TABLE[kernel][arch][a.query.element_size()][head_dim]
-    for launch in candidates[:-1]:
-        if (
+    listed = candidates(kernel, a.query.device, a.query.dtype, head_dim)
+    hides = bool(a.causal) or a.window_left >= 0 or a.window_right >= 0
+    for launch in listed:
+        fits = (
             (aligned or not launch.TMA)
             and (_plain(a) or not launch.WARP_SPECIALIZE)
             and 2 * max(a.longest[0], 32) > launch.BLOCK_M
-            and (kernel, launch) not in struck_off
-        ):
+        )
+        variant = Variant(kernel, launch, head_dim, a.query.dtype, hides)
+        if (fits or launch is listed[-1]) and usable(variant, a.query.device):
             return launch
-    return candidates[-1]
+    reason = f"no launch of {kernel} that takes this call passed the self-test"
+    raise RuntimeError(f"attention: {reason}; {REMEDY}")
+
+
+def candidates(
+    kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> tuple[Launch, ...]:
+    """The launches in order of preference; the last one fits every call."""
+    return TABLE[kernel][architecture(device)][dtype.itemsize][head_dim]
+
+
+def usable(variant: Variant, device: torch.device) -> bool:
+    """Whether the self-test, which runs before a first use, has nothing against it."""
+    from . import self_test  # it launches kernels, which choose their launches here
+
+    self_test.ensure(variant, device)
+    return variant not in struck_off
 
 
 def _plain(a: Arguments) -> bool:
