@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
 import torch
-import triton
 from torch import Tensor
 
 from llmos_fast.library import register
@@ -19,7 +18,7 @@ from .launch import padded
 from .runtime import DEVICES, launch, product_precision, refusal
 
 # by bytes of an element of the queries: what fits into registers
-_MAX_HEAD_DIM = {2: 512, 4: 128}
+LARGEST_HEAD_DIM = {2: 512, 4: 128}
 # of an H100, for the interpreter
 _PROCESSORS = 132
 _BLOCKS_PER_PROCESSOR = 2
@@ -39,6 +38,8 @@ class DecodeLaunch:
         JOIN_STAGES: partials that the last block loads ahead.
         num_warps: of a block.
         num_stages: tiles of keys and values that are loaded ahead.
+        maxnreg: registers of a thread. Two blocks of 4 warps share a processor's 65,536 also with
+            the most that there can be; left alone, ptxas may spill to make room for four.
     """
 
     BLOCK_M: int
@@ -46,9 +47,13 @@ class DecodeLaunch:
     JOIN_STAGES: int
     num_warps: int
     num_stages: int
+    maxnreg: int = 255
 
 
-def choose_launch(group_rows: int, query_bytes: int, head_dim: int, paged: bool) -> DecodeLaunch:
+@lru_cache
+def choose_launch(
+    group_rows: int, query_bytes: int, cache_bytes: int, head_dim: int, paged: bool
+) -> DecodeLaunch:
     """The launch for ``group_rows`` rows of one KV head.
 
     Every warp holds all rows of the queries, so that registers bound the tiles: with these none
@@ -57,26 +62,32 @@ def choose_launch(group_rows: int, query_bytes: int, head_dim: int, paged: bool)
     Args:
         group_rows: queries times the query heads of one KV head.
         query_bytes: of an element of the queries, in which the products are computed.
+        cache_bytes: of an element of the caches; converting them takes registers.
         head_dim: the larger of head_dim and head_dim_v, padded.
         paged: the addresses of a tile must be loaded too, one stage before it.
     """
     block_m = 32 if group_rows > 16 and query_bytes == 2 and head_dim <= 256 else 16
+    elements = 2**12 if block_m == 32 and cache_bytes == 1 else 2**14 // query_bytes
     return DecodeLaunch(
         BLOCK_M=block_m,
-        BLOCK_N=min(64, 2**14 // (query_bytes * head_dim)),
+        BLOCK_N=min(64, elements // head_dim),
         JOIN_STAGES=max(2, min(8, 1 + 3 * 2**14 // (4 * block_m * head_dim))),
         num_warps=4,
         num_stages=4 if paged else 3,
     )
 
 
-def launches() -> Iterator[tuple[DecodeLaunch, int, int, bool]]:
-    """Every (launch, query_bytes, head_dim, paged) that can be chosen."""
-    for query_bytes, largest in _MAX_HEAD_DIM.items():
-        for power in range(4, largest.bit_length()):
+def launches() -> Iterator[DecodeLaunch]:
+    """Every launch that can be chosen."""
+    for query_bytes, largest in LARGEST_HEAD_DIM.items():
+        head_dims = [2**power for power in range(6, largest.bit_length())]
+        for cache_bytes, head_dim in product((1, query_bytes), head_dims):
             for group_rows, paged in product((16, 32), (False, True)):
-                key = query_bytes, 2**power, paged
-                yield choose_launch(group_rows, *key), *key
+                yield choose_launch(group_rows, query_bytes, cache_bytes, head_dim, paged)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 @lru_cache(maxsize=4096)
@@ -90,16 +101,17 @@ def num_splits(programs: int, tiles: int, tile: int, part: float, processors: in
         programs: blocks in a launch without splits.
         tiles: tiles of keys that the cache has room for.
         tile: keys of a tile.
-        part: bytes of one split's partials, in keys.
+        part: size of one split's partials, in keys.
         processors: of the GPU.
     """
     slots = _BLOCKS_PER_PROCESSOR * processors
 
     def time(splits: int) -> float:
-        waves = triton.cdiv(programs * splits, slots)
-        return waves * (_START + triton.cdiv(tiles, splits) * tile) + splits * part * _JOIN_COST
+        waves = _cdiv(programs * splits, slots)
+        return waves * (_START + _cdiv(tiles, splits) * tile) + splits * part * _JOIN_COST
 
-    return min(range(1, max(1, min(tiles, slots)) + 1), key=time)
+    most = max(1, min(tiles, _cdiv(slots, programs)))
+    return min(range(1, most + 1), key=time)
 
 
 def unsupported(
@@ -116,7 +128,7 @@ def unsupported(
     """Needs CUDA tensors, and head dimensions up to 512 (128 for fp32)."""
     if (reason := refusal(query, sinks, alibi_slopes, key_scale, value_scale)) is not None:
         return reason
-    largest = _MAX_HEAD_DIM[query.element_size()]
+    largest = LARGEST_HEAD_DIM[query.element_size()]
     for tensor in (key_cache, value_cache):
         if tensor.layout is not torch.strided:
             return f"needs strided tensors, got {tensor.layout}"
@@ -191,12 +203,14 @@ def _decode(
     capacity = page_size if block_table is None else block_table.shape[1] * page_size
     group_rows = heads_q // heads_kv * seq_q
     item = key_cache.element_size()
-    widest = padded(max(head_dim, head_dim_v))
-    config = choose_launch(group_rows, query.element_size(), widest, block_table is not None)
-    programs = batch * heads_kv * triton.cdiv(group_rows, config.BLOCK_M)
+    block_d, block_dv = padded(head_dim), padded(head_dim_v)
+    config = choose_launch(
+        group_rows, query.element_size(), item, max(block_d, block_dv), block_table is not None
+    )
+    programs = batch * heads_kv * _cdiv(group_rows, config.BLOCK_M)
     splits = num_splits(
         programs,
-        triton.cdiv(capacity, config.BLOCK_N),
+        _cdiv(capacity, config.BLOCK_N),
         config.BLOCK_N,
         min(group_rows, config.BLOCK_M) * 4 * head_dim_v / (item * (head_dim + head_dim_v)),
         _processors(query.device),
@@ -214,7 +228,7 @@ def _decode(
         key_factors=_factors(key_scale, key_cache),
         value_factors=_factors(value_scale, value_cache),
         scores=_scores(scale, softcap, window_left, alibi_slopes, sinks),
-        partials=_partials(programs, splits, config.BLOCK_M, padded(head_dim_v), query.device),
+        partials=_partials(programs, splits, config.BLOCK_M, block_dv, query.device),
         heads_kv=heads_kv,
         group=heads_q // heads_kv,
         seq_q=seq_q,
@@ -223,10 +237,10 @@ def _decode(
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
         PAGE_SIZE=0 if block_table is None else page_size,
-        BLOCK_D=padded(head_dim),
-        BLOCK_DV=padded(head_dim_v),
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
         PRECISION=product_precision(query.dtype),
-        **asdict(config),
+        **vars(config),
     )
     return out
 
@@ -310,9 +324,9 @@ def _zero_counters(count: int, device: torch.device) -> Tensor:
 
 
 _attention_decode = register(
-    "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_lengths, "
-    "Tensor? block_table, Tensor? key_scale, Tensor? value_scale, Tensor? sinks, "
-    "Tensor? alibi_slopes, float scale, int window_left, float softcap) -> Tensor",
+    "attention_decode_triton(Tensor query, Tensor key_cache, Tensor value_cache, "
+    "Tensor cache_lengths, Tensor? block_table, Tensor? key_scale, Tensor? value_scale, "
+    "Tensor? sinks, Tensor? alibi_slopes, float scale, int window_left, float softcap) -> Tensor",
     _decode,
     _decode_fake,
     DEVICES,

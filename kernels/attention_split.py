@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_scores import LOG2E, score_factor, transform, visible, visible_columns
-from .runtime import dot
+from .runtime import INTERPRETED, dot
 
 # maxima that the block that joins reads at once
 _CHUNK = tl.constexpr(32)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 class Pages(NamedTuple):
@@ -52,7 +53,8 @@ class Partials(NamedTuple):
     counters: Tensor
 
 
-@triton.jit
+# these grow with the cache: a kernel must not be compiled anew where they happen to divide by 16
+@triton.jit(do_not_specialize=["capacity", "splits"])
 def attention_split(
     query, key, value, out, cache_lengths, pages, key_factors, value_factors, scores, partials,
     heads_kv, group, seq_q, capacity, splits,
@@ -92,7 +94,8 @@ def attention_split(
         HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
     arrived = parts - 1
-    if partials is not None:
+    # None is decided when the kernel is compiled, the rest when it runs
+    if partials is not None:  # noqa: SIM102
         if parts > 1:
             first_part = program.to(tl.int64) * splits
             _leave(partials, first_part + split, m_i, l_i, acc, exists, BLOCK_M, BLOCK_DV)
@@ -147,7 +150,7 @@ def _attend(
             other=0.0,
         )
         # [BLOCK_M, BLOCK_N]
-        s = dot(q, tl.trans(k.to(q.dtype)), None, PRECISION)
+        s = dot(q, tl.trans(_in_dtype_of(q, k)), None, PRECISION)
         if key_factors is not None:
             s = s * _load_factors(key_factors, page, head_kv, page_row, filled)[None, :]
         s, _ = transform(s, rows, columns, seq_q, stop, shift, batch, head[:, None], scores)
@@ -164,13 +167,23 @@ def _attend(
             mask=_inside(filled, HEAD_DIM_V, BLOCK_DV),
             other=0.0,
         )
+        v = _in_dtype_of(q, v)
         if value_factors is not None:
             # not into p: fp16 would underflow where a factor is small
             factors = _load_factors(value_factors, page, head_kv, page_row, filled)
-            v = v.to(tl.float32) * factors[:, None]
-        acc = dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], PRECISION)
+            v = (v.to(tl.float32) * factors[:, None]).to(q.dtype)
+        acc = dot(p.to(q.dtype), v, acc * alpha[:, None], PRECISION)
         m_i = m_new
     return m_i, l_i, acc
+
+
+@triton.jit
+def _in_dtype_of(q, cached):
+    """Elements of a cache, exactly, in the dtype of the products."""
+    if _INTERPRETED and cached.dtype.is_int():
+        # numpy has no bf16: the interpreter would take the integers for its bits
+        cached = cached.to(tl.float32)
+    return cached.to(q.dtype)
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from llmos_fast.ops.add_norm import add_norm
 from llmos_fast.ops.attention import attention
+from llmos_fast.ops.attention_decode import attention_decode
+from llmos_fast.ops.attention_weights import attention_weights
 from llmos_fast.ops.dropout import dropout
 from llmos_fast.ops.ffn import ffn
 from llmos_fast.ops.gated_ffn import gated_ffn
@@ -13,6 +15,8 @@ from llmos_fast.ops.rotary import rotary
 __all__ = [
     "add_norm",
     "attention",
+    "attention_decode",
+    "attention_weights",
     "dropout",
     "ffn",
     "gated_ffn",
