@@ -1,16 +1,21 @@
 """How everything here is measured: the machine's limits first, then ours and every peer in turn.
 
 A benchmark times ours with pytest-benchmark; before each of its rounds every peer runs once and is
-timed too, so that all of them see the same machine. It starts by comparing the result with the
-reference and reports nothing when that fails. Figures of the peers, ratios, rates and the share of
-the machine's limit go to ``extra_info`` of the JSON.
+timed too, so that all of them see the same machine. On a GPU all of them are timed by CUDA events
+(see cuda.py) and pytest-benchmark is told what these say. It starts by comparing the result with
+the reference and reports nothing when that fails. Figures of the peers, ratios, rates and the share
+of the machine's limit go to ``extra_info`` of the JSON.
 
     pytest benchmarks/ --benchmark-only --benchmark-json=out.json
     python -m benchmarks.report out.json
+
+With ``--benchmark-disable`` everything is checked and run once, and nothing is timed: on a GPU,
+``-n 6 --benchmark-disable`` (pytest-xdist) compiles the kernels of all on every core beforehand.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +27,8 @@ import torch
 
 from llmos_fast.info import machine, versions
 
-Run = Callable[[], Any]
+from . import cuda
+from .cuda import Run
 
 
 class Roofline(NamedTuple):
@@ -69,14 +75,59 @@ def roofline(smoke: bool) -> Roofline:
     return Roofline(bandwidth, peak)
 
 
+@pytest.fixture(scope="session")
+def gpu_roofline(smoke: bool) -> Roofline:
+    """Of the GPU: bytes read and written by a large copy, and large products of torch's own."""
+    return Roofline(*cuda.limits(smoke))
+
+
+Timed = tuple[dict[str, float], dict[str, Any]]
+
+
+def _time_on_cpu(benchmark: Any, ours: Run, others: dict[str, Run], rounds: int) -> Timed:
+    """Median seconds of the others, and nothing more to tell; ``benchmark`` has ours."""
+    times: dict[str, list[float]] = {name: [] for name in others}
+    for other in others.values():
+        other()
+
+    def run_others() -> None:
+        for name, other in others.items():
+            start = time.perf_counter()
+            other()
+            times[name].append(time.perf_counter() - start)
+
+    benchmark.pedantic(ours, setup=run_others, rounds=rounds, warmup_rounds=int(rounds > 1))
+    return {name: statistics.median(samples) for name, samples in times.items()}, {}
+
+
+def _time_on_gpu(benchmark: Any, ours: Run, others: dict[str, Run], rounds: int) -> Timed:
+    """Likewise by CUDA events; and what the host needs to launch, and the card's state."""
+    torch.cuda.empty_cache()  # what the case before has left
+    samples = cuda.measure({"ours": ours} | others, rounds)
+    state = cuda.state()
+    readings = itertools.chain.from_iterable((0.0, seconds) for seconds in samples["ours"].device)
+
+    def cuda_events() -> float:
+        return next(readings)
+
+    benchmark._timer = cuda_events
+    benchmark.pedantic(lambda: None, rounds=rounds)
+    medians = {name: statistics.median(samples[name].device) for name in others}
+    host = {name: 1e6 * statistics.median(taken.host) for name, taken in samples.items()}
+    return medians, {"host_us": host, "state": state}
+
+
 @pytest.fixture
-def compare(benchmark: Any, roofline: Roofline, smoke: bool) -> Callable[..., None]:
+def compare(benchmark: Any, request: pytest.FixtureRequest, smoke: bool) -> Callable[..., None]:
     """``compare(ours, peers, check=..., flops=..., bytes=..., dtype=...)`` measures and records.
 
     ours, peers: functions without arguments, the peers by name.
     check:       called once before anything is timed; raises where the result is wrong.
     flops:       arithmetic of one call, from the formula of the op; 0 where bytes decide.
     bytes:       what one call must at least move.
+    device:      "cpu" or "cuda"; on a GPU a peer that does not take the case is left out, and
+                 ``left_out`` tells why.
+    baselines:   more of ours, timed in turn and reported apart: what the peers are not.
     """
 
     def measure(
@@ -88,32 +139,39 @@ def compare(benchmark: Any, roofline: Roofline, smoke: bool) -> Callable[..., No
         bytes: float = 0,
         dtype: torch.dtype = torch.float32,
         rounds: int = 15,
+        device: str = "cpu",
+        baselines: dict[str, Run] | None = None,
     ) -> None:
         check()
-        times: dict[str, list[float]] = {name: [] for name in peers}
-        for peer in peers.values():
-            peer()
-
-        def run_peers() -> None:
-            for name, peer in peers.items():
-                start = time.perf_counter()
-                peer()
-                times[name].append(time.perf_counter() - start)
-
-        benchmark.pedantic(
-            ours, setup=run_peers, rounds=1 if smoke else rounds, warmup_rounds=0 if smoke else 1
-        )
+        baselines = baselines or {}
+        extra: dict[str, Any] = {}
+        if device == "cuda":
+            left_out = {name: reason for name, p in peers.items() if (reason := cuda.refusal(p))}
+            peers = {name: peer for name, peer in peers.items() if name not in left_out}
+            extra = {"device": device, "left_out": left_out}
+        others = peers | baselines
+        if not benchmark.enabled:
+            benchmark(ours)
+            for other in others.values():
+                other()
+            return
+        roofline = request.getfixturevalue("gpu_roofline" if device == "cuda" else "roofline")
+        time_all = _time_on_gpu if device == "cuda" else _time_on_cpu
+        medians, taken = time_all(benchmark, ours, others, 1 if smoke else rounds)
         seconds = benchmark.stats.stats.median
-        medians = {name: statistics.median(samples) for name, samples in times.items()}
         limit = max(flops / roofline.peak[dtype], bytes / roofline.bandwidth)
         benchmark.extra_info.update(
-            peers_ms={name: 1e3 * median for name, median in medians.items()},
-            speedup={name: median / seconds for name, median in medians.items()},
+            peers_ms={name: 1e3 * medians[name] for name in peers},
+            speedup={name: medians[name] / seconds for name in peers},
             tflops=flops / seconds / 1e12,
             gbps=bytes / seconds / 1e9,
             share_of_limit=limit / seconds,
             dtype=str(dtype).removeprefix("torch."),
+            **extra,
+            **taken,
         )
+        if baselines:
+            benchmark.extra_info["baselines_ms"] = {n: 1e3 * medians[n] for n in baselines}
 
     return measure
 

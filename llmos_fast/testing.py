@@ -82,7 +82,7 @@ def outputs_and_gradients(
         return outputs, {}
     generator = torch.Generator().manual_seed(seed + 1)
     # one direction per output, drawn whether it is differentiable or not
-    directions = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    directions = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
     pairs = [(o, d) for o, d in zip(outputs, directions, strict=True) if o.requires_grad]
     gradients = torch.autograd.grad(
         [o for o, _ in pairs], list(wanted.values()), [d for _, d in pairs], allow_unused=True
