@@ -1,15 +1,16 @@
-"""Launch tables of the attention kernels: the only tuning data, chosen by a pure function.
+"""The choice of an attention launch, by a pure function of the call.
 
-Each entry lists the launches for a kernel in order of preference. All of them are compiled and
-gated by the tests (no spills, shared memory within the limit), and those that the self-test struck
-off on this machine are passed over.
+launch_tables.py lists the launches for a kernel in order of preference. All of them are compiled
+and gated by the tests (no spills, shared memory within the limit), and those that the self-test
+struck off on this machine are passed over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,40 +19,11 @@ from torch import Tensor
 
 from .attention_arguments import Arguments
 from .attention_rows import fits_tma
+from .launch_tables import TABLE, Launch
 from .ptxas import REMEDY
 from .runtime import architecture
 
-
-@dataclass(frozen=True)
-class Launch:
-    """How a kernel is cut into tiles and given warps.
-
-    Attributes:
-        BLOCK_M: query rows of a tile.
-        BLOCK_N: key columns of a tile.
-        num_warps: of a program; warp specialization adds more of its own.
-        num_stages: tiles that are loaded ahead.
-        TMA: tiles are loaded by the copy engine, which needs aligned strides.
-        WARP_SPECIALIZE: loads and products run in warps of their own; for plain scores only.
-    """
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-    TMA: bool = False
-    WARP_SPECIALIZE: bool = False
-
-    def options(self) -> dict[str, int | bool]:
-        """Keywords of the launch that every kernel takes."""
-        return {
-            "BLOCK_M": self.BLOCK_M,
-            "BLOCK_N": self.BLOCK_N,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "TMA": self.TMA,
-        }
-
+__all__ = ["TABLE", "Launch", "Pinned", "Variant", "choose", "forced", "padded", "section"]
 
 # half of the H200's L2 cache, so that the next section's rows do not push out this one's
 L2_BYTES = 25 * 2**20
@@ -83,9 +55,11 @@ class Pinned(Arguments):
 
 # what the self-test found wrong on this machine
 struck_off: set[Variant] = set()
-_forced: dict[str, Launch] = {}
+# by kernel, inside of ``forced``
+forced_launches: dict[str, Launch] = {}
 
 
+@lru_cache
 def padded(head_dim: int) -> int:
     """Columns of a tile: a power of two, 64 at least (triton 3.7.1's wgmma crashes on fewer)."""
     return max(64, int(triton.next_power_of_2(head_dim)))
@@ -96,8 +70,8 @@ def choose(kernel: str, a: Arguments, loaded: Sequence[Tensor]) -> Launch:
     if isinstance(a, Pinned):
         return a.launches[kernel]
     aligned = all(fits_tma(t) for t in loaded)
-    if kernel in _forced:
-        return replace(_forced[kernel], TMA=_forced[kernel].TMA and aligned)
+    if kernel in forced_launches:
+        return replace(forced_launches[kernel], TMA=forced_launches[kernel].TMA and aligned)
     head_dim = padded(max(a.query.shape[-1], a.value.shape[-1]))
     listed = candidates(kernel, a.query.device, a.query.dtype, head_dim)
     hides = bool(a.causal) or a.window_left >= 0 or a.window_right >= 0
@@ -105,6 +79,7 @@ def choose(kernel: str, a: Arguments, loaded: Sequence[Tensor]) -> Launch:
         fits = (
             (aligned or not launch.TMA)
             and (_plain(a) or not launch.WARP_SPECIALIZE)
+            and (_light(a) or not launch.light)
             and 2 * max(a.longest[0], 32) > launch.BLOCK_M
         )
         variant = Variant(kernel, launch, head_dim, a.query.dtype, hides)
@@ -129,10 +104,16 @@ def usable(variant: Variant, device: torch.device) -> bool:
     return variant not in struck_off
 
 
+def _light(a: Arguments) -> bool:
+    """Scores are the scaled products, hidden by position or not."""
+    extras = (a.mask, a.bias, a.alibi_slopes, a.seed)
+    return all(t is None for t in extras) and a.softcap == 0 and a.scale > 0
+
+
 def _plain(a: Arguments) -> bool:
-    """Scores are the scaled products, perhaps causal."""
-    extras = (a.mask, a.bias, a.alibi_slopes, a.sinks, a.seed, a.cu_seqlens_q, a.key_lengths)
-    return all(t is None for t in extras) and a.softcap == 0 and a.window_left < 0 and a.scale > 0
+    """... and hidden only because they are causal."""
+    extras = (a.sinks, a.cu_seqlens_q, a.key_lengths)
+    return _light(a) and all(t is None for t in extras) and a.window_left < 0
 
 
 def section(a: Arguments) -> int:
@@ -148,28 +129,10 @@ def section(a: Arguments) -> int:
 @contextmanager
 def forced(**launches: Launch) -> Iterator[None]:
     """Inside, the named kernels are launched so; for tests and for the tuner."""
-    previous = dict(_forced)
-    _forced.update(launches)
+    previous = dict(forced_launches)
+    forced_launches.update(launches)
     try:
         yield
     finally:
-        _forced.clear()
-        _forced.update(previous)
-
-
-_BIG = 512
-_INTERPRETED = (Launch(32, 32, 4, 1, TMA=True), Launch(32, 32, 4, 1))
-_SMALL = (Launch(64, 32, 4, 2, TMA=True), Launch(64, 32, 4, 2))
-TABLE: dict[str, dict[int, dict[int, dict[int, tuple[Launch, ...]]]]] = {
-    kernel: {
-        0: {size: dict.fromkeys((64, 128, 256, 512), _INTERPRETED) for size in (2, 4)},
-        80: {size: dict.fromkeys((64, 128, 256, 512), _SMALL) for size in (2, 4)},
-        90: {size: dict.fromkeys((64, 128, 256, 512), _SMALL) for size in (2, 4)},
-    }
-    for kernel in (
-        "attention_forward",
-        "attention_backward_key",
-        "attention_backward_query",
-        "attention_backward_bias",
-    )
-}
+        forced_launches.clear()
+        forced_launches.update(previous)

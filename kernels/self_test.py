@@ -192,6 +192,7 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, hides: bool) -> str | Non
         hidden = True
     wanted = query.requires_grad or key.requires_grad or value.requires_grad
     kernels = tuple(KERNELS) if torch.is_grad_enabled() and wanted else ("attention_forward",)
+    kernels = tuple(kernel for kernel in kernels if kernel not in launches.forced_launches)
     reason: str | None = _refusal(query.device, query.dtype, head_dim, hidden, kernels)
     return reason
 
@@ -206,8 +207,8 @@ def _refusal(
     for kernel in kernels:
         listed = launches.candidates(kernel, device, dtype, head_dim)
         variants = (Variant(kernel, launch, head_dim, dtype, hides) for launch in listed)
-        # specialised warps take plain scores only
-        general = (v for v in variants if not v.launch.WARP_SPECIALIZE)
+        # the others do not take every call
+        general = (v for v in variants if not v.launch.light)
         if not any(launches.usable(variant, device) for variant in general):
             return (
                 f"needs a launch of {kernel} that passes the self-test, which all fail as "

@@ -39,6 +39,11 @@ settings.register_profile("ci", derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_addoption(parser):
+    help_text = "note down what launches compile to, instead of comparing with golden.json"
+    parser.addoption("--write-golden", action="store_true", help=help_text)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_allocations():
     """Fill every uninitialised tensor with NaN: a kernel that skips an element is seen."""

@@ -55,18 +55,28 @@ def test_fp16(dtype):
     )
 
 
-@pytest.mark.parametrize("sizes", [(8, 8), (96, 40), (300, 20), (512, 512)], ids=str)
-def test_head_dims(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        ((8, 8), torch.float32),
+        ((96, 40), torch.float32),
+        ((200, 256), torch.float32),
+        ((300, 20), torch.bfloat16),
+        ((512, 512), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_head_dims(sizes, dtype):
     head_dim, head_dim_v = sizes
     tensors = {
-        "query": random(1, 2, 33, head_dim, requires_grad=True),
-        "key": random(1, 1, 33, head_dim, requires_grad=True),
-        "value": random(1, 1, 33, head_dim_v, requires_grad=True),
+        "query": random(1, 2, 33, head_dim, dtype=dtype, requires_grad=True),
+        "key": random(1, 1, 33, head_dim, dtype=dtype, requires_grad=True),
+        "value": random(1, 1, 33, head_dim_v, dtype=dtype, requires_grad=True),
     }
-    reduction = 66 * max(sizes)
+    options = {"causal": True}
     assert_within_budget(
-        ops.attention, reference.attention, tensors, {"causal": True}, impl="triton",
-        reduction=reduction,
+        ops.attention, reference.attention, tensors, options, impl="triton",
+        reduction=66 * max(sizes),
     )  # fmt: skip
 
 
