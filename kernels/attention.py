@@ -10,14 +10,16 @@ from torch import Tensor
 from llmos_fast.library import differentiable, register, second_order
 from llmos_fast.reference import attention as definition
 
+from . import self_test
 from .attention_arguments import Arguments
 from .attention_backward import backward, empty_gradients
 from .attention_forward import empty_outputs
 from .attention_forward import forward as forward_kernel
 from .runtime import DEVICES, refusal
 
-_MAX_HEAD_DIM = 512
-_SCHEMA = (
+# by bytes of an element: what the launch tables have an entry for
+_MAX_HEAD_DIM = {2: 512, 4: 256}
+SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? key_lengths, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "Tensor? alibi_slopes, Tensor? sinks, str causal, int window_left, int window_right, "
@@ -26,15 +28,22 @@ _SCHEMA = (
 
 
 def unsupported(
-    *, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **_: object
+    *,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    causal: str,
+    window: tuple[int, int],
+    **_: object,
 ) -> str | None:
-    """Needs tensors on a GPU (or interpreted), of 16 or 32 bits, with head_dim up to 512."""
+    """Needs tensors on a GPU (or interpreted), and head_dim up to 512 (256 for fp32)."""
     if (reason := refusal(query, key, value, bias)) is not None:
         return reason
     head_dim = max(query.shape[-1], value.shape[-1])
-    if head_dim > _MAX_HEAD_DIM:
-        return f"needs head_dim of at most {_MAX_HEAD_DIM}, got {head_dim}"
-    return None
+    if head_dim > (largest := _MAX_HEAD_DIM[query.dtype.itemsize]):
+        return f"needs head_dim of at most {largest} for {query.dtype}, got {head_dim}"
+    return self_test.refusal(query, key, value, hides=bool(causal) or max(window) >= 0)
 
 
 def forward(
@@ -58,7 +67,7 @@ def forward(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See llmos_fast.ops.attention."""
     packed = (None, None, 0, 0) if packed is None else packed
-    out, lse = _attention(
+    out, lse = attention(
         query, key, value, mask, bias, key_lengths, *packed, alibi_slopes, sinks, causal, *window,
         softcap, dropout_p, seed, scale,
     )  # fmt: skip
@@ -73,25 +82,36 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return empty_outputs(Arguments(*arguments))
 
 
+def save_arguments(ctx: Any, arguments: tuple[Any, ...], *results: Tensor) -> None:
+    """Keep them for ``saved_arguments``."""
+    ctx.tensors = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
+    ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+    ctx.save_for_backward(*(arguments[i] for i in ctx.tensors), *results)
+
+
+def saved_arguments(ctx: Any) -> tuple[Arguments, list[Tensor]]:
+    """The arguments of a registered op, and the results that were saved with them."""
+    arguments, saved = list(ctx.others), list(ctx.saved_tensors)
+    for i in ctx.tensors:
+        arguments[i] = saved.pop(0)
+    return Arguments(*arguments), saved
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.save_for_backward(*(inputs[i] for i in ctx.tensors), *output)
+    save_arguments(ctx, inputs, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    arguments = list(ctx.others)
-    for i, tensor in zip(ctx.tensors, tensors, strict=True):
-        arguments[i] = tensor
-    a = Arguments(*arguments)
+    a, (out, lse) = saved_arguments(ctx)
     needs = dict(zip(Arguments._fields, ctx.needs_input_grad, strict=True))
     gradients: dict[str, Tensor | None] = {}
     if d_out is None and d_lse is None:
         pass
     elif torch.is_grad_enabled():
-        gradients = _differentiable_gradients(a, d_out, d_lse)
+        tensors, rest = definition_call(a)
+        rest |= {"return_lse": True}
+        gradients = second_order(definition, tensors, rest, (d_out, d_lse))
     else:
         d_out = torch.zeros_like(out) if d_out is None else d_out
         d_query, d_key, d_value, d_bias, d_sinks = _attention_backward(
@@ -103,17 +123,15 @@ def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Ten
     return tuple(gradients.get(name) if needs[name] else None for name in Arguments._fields)
 
 
-def _differentiable_gradients(
-    a: Arguments, d_out: Tensor | None, d_lse: Tensor | None
-) -> dict[str, Tensor | None]:
+def definition_call(a: Arguments) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """(differentiable tensors, other arguments) of the definition's forward."""
     from llmos_fast.ops.attention import PackedLengths
 
     call = a._asdict()
     packed = PackedLengths(*(call.pop(name) for name in PackedLengths._fields))
     window = (call.pop("window_left"), call.pop("window_right"))
     tensors = {name: call.pop(name) for name in ("query", "key", "value", "bias", "sinks")}
-    rest = call | {"packed": packed if a.packed else None, "window": window, "return_lse": True}
-    return second_order(definition, tensors, rest, (d_out, d_lse))
+    return tensors, call | {"packed": packed if a.packed else None, "window": window}
 
 
 def _backward_kernels(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -133,8 +151,8 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     )
 
 
-_attention = differentiable(
-    f"attention_triton({_SCHEMA}) -> (Tensor, Tensor)",
+attention = differentiable(
+    f"attention_triton({SCHEMA}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     _setup_context,
@@ -142,7 +160,7 @@ _attention = differentiable(
     DEVICES,
 )
 _attention_backward = register(
-    f"attention_triton_backward({_SCHEMA}, Tensor out, Tensor lse, Tensor d_out, Tensor? d_lse, "
+    f"attention_triton_backward({SCHEMA}, Tensor out, Tensor lse, Tensor d_out, Tensor? d_lse, "
     "bool need_bias, bool need_sinks) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_kernels,
     _backward_fake,

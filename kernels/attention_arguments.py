@@ -81,6 +81,8 @@ class Scores(NamedTuple):
         sinks: Float[heads_q].
         dropout: or None.
         folds: 1 where base-2 scores are the product times one positive number, or None.
+        masked: 1 where there is a mask, or None; triton 3.6 compares no tuple that has None in it.
+        biased: likewise.
     """
 
     scale: float
@@ -94,6 +96,8 @@ class Scores(NamedTuple):
     sinks: Tensor | None
     dropout: Dropout | None
     folds: int | None
+    masked: int | None = None
+    biased: int | None = None
 
 
 def rows(x: Tensor) -> Rows:
@@ -204,6 +208,8 @@ class Arguments(NamedTuple):
             _contiguous(self.sinks),
             _dropout(self.seed, self.dropout_p),
             1 if plain else None,
+            None if self.mask is None else 1,
+            None if self.bias is None else 1,
         )
 
 

@@ -29,6 +29,7 @@ from .attention_scores import (
     statistics_row,
     visible_columns,
     visible_rows,
+    with_sink,
 )
 from .attention_tiles import list_columns, list_rows, tile_range, tile_start
 from .runtime import dot, launch, product_precision
@@ -57,14 +58,11 @@ def attention_statistics(
     keys_only = tl.load(lse_ptr + row, mask=inside, other=float("-inf"))
     empty = keys_only == float("-inf")
     keys_only = tl.where(empty, 0.0, keys_only)
-    lse = keys_only
-    if sinks is not None:
+    lse = with_sink(keys_only, sinks, head)
+    if d_sink_rows_ptr is not None:
         sink = tl.load(sinks + head).to(tl.float32)
-        larger = tl.maximum(keys_only, sink)
-        lse = larger + tl.log(1.0 + tl.exp(tl.minimum(keys_only, sink) - larger))
-        if d_sink_rows_ptr is not None:
-            taken = tl.where(empty, 0.0, tl.exp(sink - lse))
-            tl.store(d_sink_rows_ptr + row, -taken * delta, mask=inside)
+        taken = tl.where(empty, 0.0, tl.exp(sink - lse))
+        tl.store(d_sink_rows_ptr + row, -taken * delta, mask=inside)
     if d_lse_ptr is not None:
         # lse counts the keys only: with a sink its probabilities are larger than those of out
         d_lse = tl.load(d_lse_ptr + row, mask=inside, other=0.0)
@@ -98,7 +96,8 @@ def attention_backward_key(
     low, high = visible_rows(first_column, last_column, len_q, shift, scores)
     if first_column >= len_k:
         high = low
-    for member in range(sequences.group):
+    # hoisted, what does not change would stay in registers, and the loop would spill
+    for member in tl.range(sequences.group, disable_licm=True):
         head = head_kv * sequences.group + member
         source_q = open_rows(query, batch, head, start_q, len_q, HEAD_DIM, BLOCK_M, BLOCK_D, TMA)
         source_do = open_rows(
@@ -106,14 +105,13 @@ def attention_backward_key(
         )
         row_base = statistics_row(sequences, batch, head, start_q)
         begin, end = tile_range(tile_list, batch, head, tile, low, high, BLOCK_M)
-        for i in range(begin, end):
+        for i in tl.range(begin, end, disable_licm=True):
             first_row = tile_start(tile_list, batch, head, tile, i, BLOCK_M)
             r = first_row + tl.arange(0, BLOCK_M)
             rows = r[None, :]
             q = load_rows(source_q, query, first_row, len_q, HEAD_DIM, BLOCK_M, BLOCK_D, TMA)
             # rows beyond the last have an infinite sum: their probabilities are 0
             lse2 = tl.load(lse2_ptr + row_base + r, mask=r < len_q, other=float("inf"))
-            delta = tl.load(delta_ptr + row_base + r, mask=r < len_q, other=0.0)
             # [BLOCK_N, BLOCK_M]
             s = dot(k, tl.trans(q), None, PRECISION)
             do = load_rows(source_do, d_out, first_row, len_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, TMA)
@@ -127,6 +125,7 @@ def attention_backward_key(
                 weights = tl.where(keep, p, 0.0)
             dv = dot(weights.to(do.dtype), do, dv, PRECISION)
             dp = dot(v, tl.trans(do), None, PRECISION)
+            delta = tl.load(delta_ptr + row_base + r, mask=r < len_q, other=0.0)
             ds = score_gradients(
                 p, dp, delta[None, :], rows, first_column, row_base, scores, BLOCK_N
             )
@@ -181,7 +180,8 @@ def attention_backward_query(
         last_row = tl.minimum(first_row + BLOCK_M, len_q) - 1
         low, high = visible_columns(first_row, last_row, len_k, shift, scores)
         begin, end = tile_range(tile_list, batch, head, tile, low, high, BLOCK_N)
-        for i in range(begin, end):
+        # hoisted, what does not change would stay in registers, and the loop would spill
+        for i in tl.range(begin, end, disable_licm=True):
             first_column = tile_start(tile_list, batch, head, tile, i, BLOCK_N)
             columns = (first_column + tl.arange(0, BLOCK_N))[None, :]
             k = load_rows(source_k, key, first_column, len_k, HEAD_DIM, BLOCK_N, BLOCK_D, TMA)

@@ -50,9 +50,10 @@ def attention_backward_bias(
         column_begin = tile
         column_end = tile + 1
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for batch in range(bias_batch, batches, bias_batches):
+    # hoisted, what does not change would stay in registers, and the loops would spill
+    for batch in tl.range(bias_batch, batches, bias_batches, disable_licm=True):
         _, len_q, _, len_k, shift = locate(sequences, batch)
-        for head in range(bias_head, heads, bias_heads):
+        for head in tl.range(bias_head, heads, bias_heads, disable_licm=True):
             head_kv = head // sequences.group
             row_base = statistics_row(sequences, batch, head, 0)
             source_q = open_rows(query, batch, head, 0, len_q, HEAD_DIM, BLOCK_M, BLOCK_D, False)
@@ -63,7 +64,7 @@ def attention_backward_bias(
             source_v = open_rows(
                 value, batch, head_kv, 0, len_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV, False
             )
-            for row_tile in range(row_begin, row_end):
+            for row_tile in tl.range(row_begin, row_end, disable_licm=True):
                 first_row = row_tile * BLOCK_M
                 q = load_rows(source_q, query, first_row, len_q, HEAD_DIM, BLOCK_M, BLOCK_D, False)
                 do = load_rows(
@@ -77,7 +78,7 @@ def attention_backward_bias(
                 )
                 begin = tl.maximum(column_begin, low // BLOCK_N)
                 end = tl.minimum(column_end, tl.cdiv(high, BLOCK_N))
-                for column_tile in range(begin, end):
+                for column_tile in tl.range(begin, end, disable_licm=True):
                     first_column = column_tile * BLOCK_N
                     columns = (first_column + tl.arange(0, BLOCK_N))[None, :]
                     k = load_rows(
@@ -88,7 +89,7 @@ def attention_backward_bias(
                     )
                     s = dot(q, tl.trans(k), None, PRECISION)
                     dp = dot(do, tl.trans(v), None, PRECISION)
-                    p, _ = probabilities(
+                    p, _slope = probabilities(
                         s, lse2[:, None], r[:, None], columns, first_row, first_column,
                         len_q, len_k, shift, batch, head, scores, BLOCK_M, BLOCK_N,
                     )  # fmt: skip

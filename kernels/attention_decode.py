@@ -181,7 +181,7 @@ def _empty_out(query: Tensor, value_cache: Tensor) -> Tensor:
     return query.new_empty(batch, seq_q, heads_q, value_cache.shape[3]).transpose(1, 2)
 
 
-def _decode(
+def decode(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -195,6 +195,7 @@ def _decode(
     window_left: int,
     softcap: float,
 ) -> Tensor:
+    """The registered op: launches the kernel."""
     out = _empty_out(query, value_cache)
     if out.numel() == 0:
         return out
@@ -327,7 +328,7 @@ _attention_decode = register(
     "attention_decode_triton(Tensor query, Tensor key_cache, Tensor value_cache, "
     "Tensor cache_lengths, Tensor? block_table, Tensor? key_scale, Tensor? value_scale, "
     "Tensor? sinks, Tensor? alibi_slopes, float scale, int window_left, float softcap) -> Tensor",
-    _decode,
+    decode,
     _decode_fake,
     DEVICES,
 )

@@ -62,7 +62,8 @@ def attention_forward(
         last_row = tl.minimum(first_row + BLOCK_M, len_q) - 1
         low, high = visible_columns(first_row, last_row, len_k, shift, scores)
         begin, end = tile_range(tile_list, batch, head, tile, low, high, BLOCK_N)
-        for i in tl.range(begin, end, warp_specialize=WARP_SPECIALIZE):
+        # hoisted, what does not change would stay in registers, and the loop would spill
+        for i in tl.range(begin, end, warp_specialize=WARP_SPECIALIZE, disable_licm=True):
             first_column = tile_start(tile_list, batch, head, tile, i, BLOCK_N)
             columns = (first_column + tl.arange(0, BLOCK_N))[None, :]
             k = load_rows(source_k, key, first_column, len_k, HEAD_DIM, BLOCK_N, BLOCK_D, TMA)

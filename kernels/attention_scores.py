@@ -70,6 +70,16 @@ def statistics_row(sequences, batch, head, start_q):
 
 
 @triton.jit
+def with_sink(lse, sinks, head):
+    """Log-sum-exp of a row's keys and of the head's sink; ``lse``, that of the keys, is finite."""
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32)
+        larger = tl.maximum(lse, sink)
+        lse = larger + tl.log(1.0 + tl.exp(tl.minimum(lse, sink) - larger))
+    return lse
+
+
+@triton.jit
 def visible_columns(first_row, last_row, len_k, shift, scores):
     """[low, high) of the columns that any of the rows may attend to."""
     low = 0
@@ -101,7 +111,7 @@ def hides_some(first_row, first_column, len_k, shift, scores, M: tl.constexpr, N
         some = some | (first_column + N - 1 > first_row + shift + scores.right)
     if scores.left is not None:
         some = some | (first_column < first_row + M - 1 + shift - scores.left)
-    if scores.mask is not None:
+    if scores.masked is not None:
         some = some | True
     return some
 
@@ -115,7 +125,7 @@ def visible(rows, columns, len_q, len_k, shift, batch, head, scores):
         allowed = allowed & (distance <= scores.right)
     if scores.left is not None:
         allowed = allowed & (distance >= -scores.left)
-    if scores.mask is not None:
+    if scores.masked is not None:
         allowed = allowed & (load_plane(scores.mask, rows, columns, len_q, len_k, batch, head) != 0)
     return allowed
 
@@ -156,7 +166,7 @@ def transform(raw, rows, columns, len_q, len_k, shift, batch, head, scores):
             slope = 1.0 - tanh * tanh
             raw = scores.softcap * tanh
         raw = raw * LOG2E
-        if scores.bias is not None:
+        if scores.biased is not None:
             bias = load_plane(scores.bias, rows, columns, len_q, len_k, batch, head)
             raw = raw + bias.to(tl.float32) * LOG2E
         if scores.alibi is not None:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from triton.runtime.driver import driver
 from . import ptxas, runtime
 from .attention_arguments import Arguments
 from .attention_backward import backward
+from .attention_decode import LARGEST_HEAD_DIM, decode
 from .attention_forward import empty_outputs, forward
 from .launch import TABLE, Launch, forced
 
@@ -226,8 +228,8 @@ def jobs(arch: int) -> Iterator[tuple[str, Launch, str, int, torch.dtype]]:
     """Everything that the gate compiles: (kernel, launch, case, head_dim, dtype)."""
     for kernel, table in TABLE.items():
         for dtype in (torch.bfloat16, torch.float32):
-            for head_dim, launches in table[arch][dtype.itemsize].items():
-                for launch in dict.fromkeys(launches):
+            for head_dim, listed in table[arch][dtype.itemsize].items():
+                for launch in dict.fromkeys(listed):
                     for case in _cases(kernel, launch):
                         yield kernel, launch, case, head_dim, dtype
 
@@ -248,6 +250,48 @@ def describe(kernel: str, launch: Launch, case: str, head_dim: int, dtype: torch
     return f"{kernel} {str(dtype)[6:]} D{head_dim} {tiles}{flags}: {case}"
 
 
+def decode_jobs() -> Iterator[tuple[int, int, int, int, bool]]:
+    """Likewise for attention_decode: the arguments of its ``choose_launch``."""
+    for query_bytes, largest in LARGEST_HEAD_DIM.items():
+        head_dims = [head_dim for head_dim in (64, 128, 256, 512) if head_dim <= largest]
+        yield from product((16, 32), (query_bytes,), (1, query_bytes), head_dims, (False, True))
+
+
+def compile_decode(
+    arch: int, group_rows: int, query_bytes: int, cache_bytes: int, head_dim: int, paged: bool
+) -> Compiled:
+    """The kernel of attention_decode for ``group_rows`` queries of a key head and a long cache."""
+    batch, heads_kv, pages, page_size = 2, 2, 512, 16
+    dtype = torch.bfloat16 if query_bytes == 2 else torch.float32
+    quantized = cache_bytes == 1
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    query = empty(batch, heads_kv * group_rows, 1, head_dim)
+    shape = (pages, heads_kv, page_size) if paged else (batch, heads_kv, pages * page_size)
+    cache = empty(*shape, head_dim, dtype=torch.int8 if quantized else dtype)
+    factors = empty(*shape, dtype=torch.float32) if quantized else None
+    table = empty(batch, pages, dtype=torch.int32) if paged else None
+    lengths = empty(batch, dtype=torch.int32)
+
+    def run() -> None:
+        decode(query, cache, cache, lengths, table, factors, factors, None, None, 0.1, -1, 0.0)
+
+    return compiled(arch, "attention_split", run)
+
+
+def decode_faults(arch: int, code: Compiled) -> list[str]:
+    """What the gate has against it; two blocks have to fit a processor."""
+    limit = SHARED_MEMORY[arch] // 2
+    rules = {
+        f"spills {code.stack} bytes": code.stack == 0,
+        f"needs {code.shared} of {limit} bytes of shared memory": code.shared <= limit,
+        f"has {code.mma} tensor core products": code.mma > 0,
+    }
+    return [sentence for sentence, holds in rules.items() if not holds]
+
+
 def versions() -> str:
     """What the numbers of a compiled kernel depend on, beside its source."""
     return f"triton {triton.__version__}, ptxas {ptxas.version()}"
@@ -261,11 +305,25 @@ def main() -> None:
     parser.add_argument("--of", type=int, default=1)
     arguments = parser.parse_args()
     print(json.dumps({"versions": versions()}), flush=True)
-    for job in list(jobs(arguments.arch))[arguments.part :: arguments.of]:
+    for line in _lines(arguments.arch, arguments.part, arguments.of):
+        print(line, flush=True)
+
+
+def _lines(arch: int, part: int, of: int) -> Iterator[str]:
+    for job in list(jobs(arch))[part::of]:
         kernel, launch, case, head_dim, dtype = job
-        code = compile_launch(arguments.arch, kernel, launch, case, head_dim, dtype)
-        wrong = faults(arguments.arch, launch, head_dim, dtype, code)
-        print(json.dumps({"job": describe(*job), "faults": wrong, **asdict(code)}), flush=True)
+        code = compile_launch(arch, kernel, launch, case, head_dim, dtype)
+        yield _line(describe(*job), faults(arch, launch, head_dim, dtype, code), code)
+    for decode_job in list(decode_jobs())[part::of]:
+        code = compile_decode(arch, *decode_job)
+        rows, query_bytes, cache_bytes, width, paged = decode_job
+        name = f"attention_decode {rows} rows of {query_bytes} bytes, D{width}, "
+        name += f"cache of {cache_bytes} bytes{' in pages' * paged}"
+        yield _line(name, decode_faults(arch, code), code)
+
+
+def _line(name: str, wrong: list[str], code: Compiled) -> str:
+    return json.dumps({"job": name, "faults": wrong, **asdict(code)})
 
 
 if __name__ == "__main__":

@@ -85,8 +85,11 @@ def _sample_calls(device: str) -> dict[str, Callable[[], list[Refusal]]]:
 
     heads = x(1, 2, 4, 8)
     target = torch.zeros(4, dtype=torch.int64, device=device)
+    lengths = torch.full((1,), 4, device=device)
     return {
         "attention": lambda: explain(ops.attention, heads, heads, heads, causal=True),
+        "attention_decode": lambda: explain(ops.attention_decode, heads, heads, heads, lengths),
+        "attention_weights": lambda: explain(ops.attention_weights, heads, heads, heads),
         "ffn": lambda: explain(ops.ffn, x(4, 8), x(16, 8), x(16), x(8, 16), x(8)),
         "gated_ffn": lambda: explain(ops.gated_ffn, x(4, 8), x(16, 8), x(16, 8), x(8, 16)),
         "add_norm": lambda: explain(ops.add_norm, x(4, 8), x(4, 8), x(8), x(8)),

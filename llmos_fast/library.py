@@ -105,6 +105,7 @@ def second_order(
     tensors: dict[str, Tensor | None],
     rest: dict[str, Any],
     gradients: tuple[Any, ...],
+    create_graph: bool = True,
 ) -> dict[str, Tensor | None]:
     """Gradients that can be differentiated again, computed through the op's definition.
 
@@ -113,7 +114,10 @@ def second_order(
         tensors: differentiable arguments by name, as they were saved.
         rest: the other arguments of ``definition.forward``.
         gradients: of its outputs, None where an output was not used.
+        create_graph: False for gradients that need not be differentiated again.
     """
+    # views tell arguments apart that are one tensor, or were computed from one another
+    tensors = {name: None if t is None else t.view_as(t) for name, t in tensors.items()}
     outputs = definition.forward(**tensors, **rest)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [
@@ -128,7 +132,7 @@ def second_order(
         [o for o, _ in pairs],
         list(wanted.values()),
         [g for _, g in pairs],
-        create_graph=True,
+        create_graph=create_graph,
         allow_unused=True,
     )
     return {**dict.fromkeys(tensors), **dict(zip(wanted, found, strict=True))}

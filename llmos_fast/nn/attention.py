@@ -14,7 +14,6 @@ from llmos_fast.nn.cache import LayerCache
 from llmos_fast.nn.layout import UNBATCHED, batch_and_length, from_heads, layout_of, to_heads
 from llmos_fast.nn.masks import Given, Masks
 from llmos_fast.nn.positions import rotary_tables
-from llmos_fast.nn.weights import attention_with_weights
 
 
 class QuantizeWeight(Protocol):
@@ -147,7 +146,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             value: Float[batch seq_k vdim], likewise.
             key_padding_mask: [batch seq_k] (or [seq_k]) with cached keys counted; bool, True =
                 hidden, or floating point, added to the scores.
-            need_weights: also return the attention probabilities, which takes the memory of all.
+            need_weights: also return the attention probabilities; costs their memory, and on a CPU
+                that of all heads.
             attn_mask: [seq_q seq_k] or [batch*num_heads seq_q seq_k], bool or floating point.
             average_attn_weights: return their mean over the heads.
             is_causal: hide the keys after each query; takes the place of ``attn_mask``.
@@ -178,9 +178,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             k, v = cache.append(k, v)
         if not need_weights:
             return self._output(self._attend(q, k, v, masks), layout), None
-        heads, weights = self._attend_with_weights(q, k, v, masks)
-        if average_attn_weights:
-            weights = weights.mean(dim=1)
+        heads, weights = self._attend_with_weights(q, k, v, masks, average_attn_weights)
         return self._output(heads, layout), weights[0] if layout == UNBATCHED else weights
 
     def resolve(
@@ -393,10 +391,21 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
 
     def _attend_with_weights(
-        self, q: Tensor, k: Tensor, v: Tensor, masks: Masks
+        self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, average: bool
     ) -> tuple[Tensor, Tensor]:
         k, v, masks, window = self._with_extra_keys(q, k, v, masks)
-        return attention_with_weights(q, k, v, masks, window, self._dropout_p)
+        return ops.attention_weights(
+            q,
+            k,
+            v,
+            mask=masks.mask,
+            bias=masks.bias,
+            causal=masks.causal,
+            key_lengths=masks.key_lengths,
+            window=window,
+            dropout_p=self._dropout_p,
+            average_heads=average,
+        )
 
     def _with_extra_keys(
         self, q: Tensor, k: Tensor, v: Tensor, masks: Masks

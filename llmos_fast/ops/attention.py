@@ -91,89 +91,129 @@ def attention(
     Raises:
         ValueError: naming op, argument, rule and value.
     """
-    query, key, value = check.autocast(query, key, value)  # type: ignore[assignment]
-    check.floating(_OP, query=query, key=key, value=value, bias=bias, sinks=sinks)
-    check.same_dtype(_OP, query=query, key=key, value=value)
-    packed = None if cu_seqlens is None else PackedLengths(*cu_seqlens)
-    if packed is None:
-        _check_dense(query, key, value, key_lengths)
-        _check_scores(query, key, mask, bias)
-    else:
-        _check_packed(query, key, value, packed, mask, bias, key_lengths)
-    heads_q = query.shape[-3] if packed is None else query.shape[1]
-    check.shape(_OP, "sinks", sinks, (heads_q,), "heads_q")
-    if alibi_slopes is not None and alibi_slopes.shape != (heads_q,):
-        expected = (query.shape[0] if packed is None else 1, heads_q)
-        check.shape(_OP, "alibi_slopes", alibi_slopes, expected, "batch heads_q")
-    check.probability(_OP, "dropout_p", dropout_p)
-    check.require(softcap >= 0.0, _OP, "softcap", "be at least 0", softcap)
-    return select(  # type: ignore[no-any-return]
+    call = validated(
         _OP,
-        impl,
-        query=query,
-        key=key,
-        value=value,
+        query,
+        key,
+        value,
         mask=mask,
         bias=bias,
-        causal=_alignment(causal),
+        causal=causal,
         key_lengths=key_lengths,
-        packed=packed,
-        window=_window(window),
+        cu_seqlens=cu_seqlens,
+        window=window,
         alibi_slopes=alibi_slopes,
-        softcap=float(softcap),
+        softcap=softcap,
         sinks=sinks,
         dropout_p=dropout_p,
-        seed=draw_seed(dropout_p, query.device),
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-        return_lse=return_lse,
+        scale=scale,
     )
+    return select(_OP, impl, **call, return_lse=return_lse)  # type: ignore[no-any-return]
 
 
-def _alignment(causal: bool | str) -> str:
+def validated(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool | str,
+    key_lengths: Tensor | None,
+    cu_seqlens: tuple[Tensor, Tensor, int, int] | None,
+    window: tuple[int, int] | None,
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    sinks: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+) -> dict[str, Any]:
+    """What an implementation of ``op`` is called with: checked, cast, with defaults and a seed."""
+    query, key, value = check.autocast(query, key, value)  # type: ignore[assignment]
+    check.floating(op, query=query, key=key, value=value, bias=bias, sinks=sinks)
+    check.same_dtype(op, query=query, key=key, value=value)
+    packed = None if cu_seqlens is None else PackedLengths(*cu_seqlens)
+    if packed is None:
+        _check_dense(op, query, key, value, key_lengths)
+        _check_scores(op, query, key, mask, bias)
+    else:
+        _check_packed(op, query, key, value, packed, mask, bias, key_lengths)
+    heads_q = query.shape[-3] if packed is None else query.shape[1]
+    check.shape(op, "sinks", sinks, (heads_q,), "heads_q")
+    if alibi_slopes is not None and alibi_slopes.shape != (heads_q,):
+        expected = (query.shape[0] if packed is None else 1, heads_q)
+        check.shape(op, "alibi_slopes", alibi_slopes, expected, "batch heads_q")
+    check.probability(op, "dropout_p", dropout_p)
+    check.require(softcap >= 0.0, op, "softcap", "be at least 0", softcap)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "mask": mask,
+        "bias": bias,
+        "causal": _alignment(op, causal),
+        "key_lengths": key_lengths,
+        "packed": packed,
+        "window": _window(op, window),
+        "alibi_slopes": alibi_slopes,
+        "softcap": float(softcap),
+        "sinks": sinks,
+        "dropout_p": dropout_p,
+        "seed": draw_seed(dropout_p, query.device),
+        "scale": query.shape[-1] ** -0.5 if scale is None else float(scale),
+    }
+
+
+def _alignment(op: str, causal: bool | str) -> str:
     names: dict[bool | str, str] = {False: "", True: "top_left"}
     if causal in names or causal in ("top_left", "bottom_right"):
         return names.get(causal, str(causal))
     rule = 'be False, True, "top_left" or "bottom_right"'
-    raise ValueError(f"{_OP}: causal must {rule}, got {causal!r}")
+    raise ValueError(f"{op}: causal must {rule}, got {causal!r}")
 
 
-def _window(window: tuple[int, int] | None) -> tuple[int, int]:
+def _window(op: str, window: tuple[int, int] | None) -> tuple[int, int]:
     if window is None:
         return (-1, -1)
     left, right = window
     check.require(
-        left >= -1 and right >= -1, _OP, "window", "have sides of -1 (open) or more", window
+        left >= -1 and right >= -1, op, "window", "have sides of -1 (open) or more", window
     )
     return (left, right)
 
 
-def _check_dense(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None) -> None:
+def _check_dense(
+    op: str, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None
+) -> None:
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
-        check.require(tensor.dim() == 4, _OP, argument, "have 4 dimensions", tuple(tensor.shape))
+        check.require(tensor.dim() == 4, op, argument, "have 4 dimensions", tuple(tensor.shape))
     batch, heads_q, _, head_dim = query.shape
     _, heads_kv, seq_k, _ = key.shape
     expected = (batch, heads_kv, seq_k, head_dim)
-    check.shape(_OP, "key", key, expected, "batch heads_kv seq_k head_dim")
+    check.shape(op, "key", key, expected, "batch heads_kv seq_k head_dim")
     expected = (batch, heads_kv, seq_k, value.shape[3])
-    check.shape(_OP, "value", value, expected, "batch heads_kv seq_k head_dim_v")
-    _check_heads(heads_q, heads_kv)
+    check.shape(op, "value", value, expected, "batch heads_kv seq_k head_dim_v")
+    _check_heads(op, heads_q, heads_kv)
     if key_lengths is not None:
-        check.shape(_OP, "key_lengths", key_lengths, (batch,), "batch")
-        _check_integers("key_lengths", key_lengths)
+        check.shape(op, "key_lengths", key_lengths, (batch,), "batch")
+        _check_integers(op, "key_lengths", key_lengths)
 
 
-def _check_heads(heads_q: int, heads_kv: int) -> None:
+def _check_heads(op: str, heads_q: int, heads_kv: int) -> None:
     valid = heads_q == 0 if heads_kv == 0 else heads_q % heads_kv == 0
     rule = "be a multiple of the key's heads"
-    check.require(valid, _OP, "heads of query", rule, f"{heads_q} and {heads_kv}")
+    check.require(valid, op, "heads of query", rule, f"{heads_q} and {heads_kv}")
 
 
-def _check_integers(argument: str, tensor: Tensor) -> None:
+def _check_integers(op: str, argument: str, tensor: Tensor) -> None:
     valid = tensor.dtype in (torch.int32, torch.int64)
-    check.require(valid, _OP, argument, "be int32 or int64", tensor.dtype)
+    check.require(valid, op, argument, "be int32 or int64", tensor.dtype)
 
 
-def _check_scores(query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
+def _check_scores(
+    op: str, query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None
+) -> None:
     scores = (*query.shape[:3], key.shape[2])
     for argument, tensor in (("mask", mask), ("bias", bias)):
         if tensor is None:
@@ -183,13 +223,14 @@ def _check_scores(query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor 
             for have, want in zip(reversed(tensor.shape), reversed(scores), strict=False)
         )
         rule = f"broadcast to (batch heads_q seq_q seq_k) = {scores}"
-        check.require(broadcasts, _OP, argument, rule, tuple(tensor.shape))
+        check.require(broadcasts, op, argument, rule, tuple(tensor.shape))
     if mask is not None:
         rule = "be bool (a float mask is a bias)"
-        check.require(mask.dtype == torch.bool, _OP, "mask", rule, mask.dtype)
+        check.require(mask.dtype == torch.bool, op, "mask", rule, mask.dtype)
 
 
 def _check_packed(
+    op: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -197,17 +238,17 @@ def _check_packed(
     *excluded: Tensor | None,
 ) -> None:
     for argument, tensor in zip(("mask", "bias", "key_lengths"), excluded, strict=True):
-        check.require(tensor is None, _OP, argument, "be None with cu_seqlens", "a tensor")
+        check.require(tensor is None, op, argument, "be None with cu_seqlens", "a tensor")
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
         rule = "have 3 dimensions with cu_seqlens"
-        check.require(tensor.dim() == 3, _OP, argument, rule, tuple(tensor.shape))
+        check.require(tensor.dim() == 3, op, argument, rule, tuple(tensor.shape))
     expected = (*key.shape[:2], query.shape[2])
-    check.shape(_OP, "key", key, expected, "total_k heads_kv head_dim")
+    check.shape(op, "key", key, expected, "total_k heads_kv head_dim")
     expected = (*key.shape[:2], value.shape[2])
-    check.shape(_OP, "value", value, expected, "total_k heads_kv head_dim_v")
-    _check_heads(query.shape[1], key.shape[1])
+    check.shape(op, "value", value, expected, "total_k heads_kv head_dim_v")
+    _check_heads(op, query.shape[1], key.shape[1])
     lengths: dict[str, Any] = packed._asdict()
     for argument in ("cu_seqlens_q", "cu_seqlens_k"):
-        _check_integers(argument, lengths[argument])
+        _check_integers(op, argument, lengths[argument])
         expected = (packed.cu_seqlens_q.numel(),)
-        check.shape(_OP, argument, lengths[argument], expected, "sequences + 1")
+        check.shape(op, argument, lengths[argument], expected, "sequences + 1")

@@ -37,6 +37,46 @@ def forward(
     """See llmos_fast.ops.attention; packed sequences are one batch whose mask keeps them apart."""
     if packed is not None:
         query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+    weights, lse = probabilities(
+        query=query,
+        key=key,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        key_lengths=key_lengths,
+        packed=packed,
+        window=window,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seed=seed,
+        scale=scale,
+    )
+    out = weighted_values(weights, value).to(query.dtype)
+    if packed is not None:
+        out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
+    return (out, lse) if return_lse else out
+
+
+def probabilities(
+    *,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: str,
+    key_lengths: Tensor | None,
+    packed: Any,
+    window: tuple[int, int],
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    sinks: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Float[batch heads_q seq_q seq_k] after dropout, and their log-sum-exp."""
     position_q, position_k, shift, allowed = _positions(query, key, causal, key_lengths, packed)
     distance = position_k - (position_q + shift)  # [batch or 1, 1, seq_q, seq_k]
     left, right = window
@@ -49,8 +89,7 @@ def forward(
     if mask is not None:
         allowed = allowed & mask
 
-    group = query.shape[1] // max(key.shape[1], 1)
-    key, value = (t.repeat_interleave(group, dim=1) if group != 1 else t for t in (key, value))
+    key = _repeated(key, query.shape[1])
     scores = upcast(query) @ upcast(key).transpose(-1, -2) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
@@ -60,13 +99,22 @@ def forward(
         scores = scores - alibi_slopes.to(scores.dtype)[..., None, None] * distance.abs()
     scores = scores.masked_fill(~allowed, -torch.inf)
 
-    probabilities, lse = _softmax(scores, sinks)
-    probabilities = probabilities * _dropout(probabilities, seed, dropout_p, position_k)
-    value = upcast(value)
-    out = (probabilities.to(value.dtype) @ value).to(query.dtype)
-    if packed is not None:
-        out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
-    return (out, lse) if return_lse else out
+    weights, lse = _softmax(scores, sinks)
+    if seed is not None:
+        weights = weights * _dropout(weights, seed, dropout_p, position_k)
+    return weights, lse
+
+
+def weighted_values(weights: Tensor, value: Tensor) -> Tensor:
+    """Float[batch heads_q seq_q head_dim_v] of Float[batch heads_kv seq_k head_dim_v]."""
+    value = upcast(_repeated(value, weights.shape[1]))
+    return weights.to(value.dtype) @ value
+
+
+def _repeated(x: Tensor, heads_q: int) -> Tensor:
+    """Key or value heads, each as often as query heads share it."""
+    group = heads_q // max(x.shape[1], 1)
+    return x if group == 1 else x.repeat_interleave(group, dim=1)
 
 
 def _positions(
@@ -115,11 +163,7 @@ def _lse_dtype(scores: Tensor) -> torch.dtype:
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
-def _dropout(
-    probabilities: Tensor, seed: Tensor | None, dropout_p: float, position_k: Tensor
-) -> Tensor | float:
-    if seed is None:
-        return 1.0
-    batch, heads, seq_q, _ = probabilities.shape
+def _dropout(weights: Tensor, seed: Tensor, dropout_p: float, position_k: Tensor) -> Tensor:
+    batch, heads, seq_q, _ = weights.shape
     rows = torch.arange(batch * heads * seq_q, device=seed.device).view(batch, heads, seq_q, 1)
-    return dropout_factor(seed, dropout_p, rows, position_k).to(probabilities.dtype)
+    return dropout_factor(seed, dropout_p, rows, position_k).to(weights.dtype)

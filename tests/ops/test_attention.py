@@ -282,6 +282,6 @@ def test_forced_implementation_says_why_not():
     with pytest.raises(ValueError, match="triton needs bfloat16, float16 or float32"):
         ops.attention(x, x, x, impl="triton")
     wide = random(1, 1, 2, 260)
-    with pytest.raises(ValueError, match="triton needs head_dim of at most 256 .*, got 260"):
+    with pytest.raises(ValueError, match=r"triton needs head_dim of at most 256 .*, got 260"):
         ops.attention(wide, wide, wide, impl="triton")
     assert explain(ops.attention, x, x, x)[-1] == ("reference", None)

@@ -27,6 +27,17 @@ def _case(op, dtype=torch.float32):
             },
             {"causal": "bottom_right", "softcap": 4.0, "dropout_p": 0.25, "return_lse": True},
         ),
+        "attention_weights": lambda: (
+            {
+                "query": r(2, 4, 5, 8),
+                "key": r(2, 2, 7, 8),
+                "value": r(2, 2, 7, 6),
+                "bias": random(1, 4, 1, 7, dtype=dtype, requires_grad=True),
+                "sinks": random(4, dtype=dtype, requires_grad=True),
+                "key_lengths": torch.tensor([7, 5]),
+            },
+            {"causal": "bottom_right", "softcap": 4.0, "dropout_p": 0.25, "average_heads": True},
+        ),
         "ffn": lambda: (
             {"x": r(3, 5, 6), "w1": r(9, 6), "b1": r(9), "w2": r(4, 9), "b2": r(4)},
             {"activation": "gelu", "dropout_p": 0.25},
@@ -74,6 +85,7 @@ def _case(op, dtype=torch.float32):
 OPS = [
     "add_norm",
     "attention",
+    "attention_weights",
     "dropout",
     "ffn",
     "gated_ffn",
@@ -84,7 +96,8 @@ OPS = [
 
 
 def test_every_op_is_covered():
-    assert set(ops.__all__) - {"quant_matmul"} == set(OPS)
+    # not every tensor of these has a gradient: files of their own test what is tested here
+    assert set(ops.__all__) - {"attention_decode", "quant_matmul"} == set(OPS)
 
 
 def _differentiable(op, call):
@@ -138,6 +151,20 @@ def test_gradients_of_gradients(op):
             assert_close_to_truth(out, low, true, reduction=10_000)
 
 
+@pytest.mark.parametrize("op", ["add_norm", "attention", "attention_weights"])
+def test_one_tensor_in_several_places_counts_once_in_each(op):
+    x = random(1, 2, 5, 8, requires_grad=True)
+    places = (x, x, torch.ones(8)) if op == "add_norm" else (x, x, x)
+
+    def gradient(create_graph):
+        results = getattr(ops, op)(*places, impl="native")
+        results = results if isinstance(results, tuple) else (results,)
+        loss = sum(r.square().sum() for r in results)
+        return torch.autograd.grad(loss, x, create_graph=create_graph)[0]
+
+    torch.testing.assert_close(gradient(create_graph=True), gradient(create_graph=False))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_native_runs_by_default(op):
     tensors, options = _case(op)
@@ -182,7 +209,7 @@ def test_compiled_dropout_draws_anew(op):
 @pytest.mark.parametrize("op", [op for op in OPS if op not in ("add_norm", "dropout", "rotary")])
 def test_autocast_casts_to_bf16(op):
     tensors, options = _case(op)
-    if op == "attention":
+    if op in ("attention", "attention_weights"):
         tensors |= {"bias": None, "sinks": None}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = getattr(ops, op)(**tensors, **options)
@@ -242,6 +269,7 @@ def test_opcheck():
         "add_norm_backward",
         "attention",
         "attention_backward",
+        "attention_weights",
         "dropout",
         "ffn",
         "ffn_activation_backward",
