@@ -78,14 +78,12 @@ TABLE: dict[str, dict[int, dict[int, dict[int, Launches]]]] = {
                 64: (
                     *_light_tma((128, 128, 8, 3), (64, 64, 4, 3)),
                     *_specialized((128, 128, 4, 3)),
-                    *_light_pointers((128, 128, 8, 2)),
                     *_tma((128, 64, 8, 3), (64, 64, 4, 3)),
                     *_pointers((64, 32, 8, 2)),
                 ),
                 128: (
                     *_light_tma((128, 128, 8, 2), (64, 64, 4, 3)),
                     *_specialized((128, 128, 4, 2), (128, 64, 4, 3)),
-                    *_light_pointers((128, 64, 8, 3)),
                     *_tma((128, 32, 8, 3), (64, 32, 4, 3)),
                     *_pointers((64, 32, 8, 2)),
                 ),
@@ -105,7 +103,7 @@ TABLE: dict[str, dict[int, dict[int, dict[int, Launches]]]] = {
         80: {
             2: {
                 64: (*_light_pointers((128, 64, 8, 3)), *_pointers((64, 32, 4, 2))),
-                128: (*_light_pointers((128, 64, 8, 2)), *_pointers((64, 32, 8, 2))),
+                128: (*_light_pointers((128, 64, 8, 2)), *_pointers((64, 32, 8, 1))),
                 256: (*_light_pointers((64, 32, 8, 2)), *_pointers((32, 16, 8, 1))),
                 512: _pointers((16, 16, 8, 1)),
             },
@@ -184,9 +182,9 @@ TABLE: dict[str, dict[int, dict[int, dict[int, Launches]]]] = {
         },
         80: {
             2: {
-                64: (*_light_pointers((64, 64, 4, 2)), *_pointers((64, 32, 8, 1))),
-                128: (*_light_pointers((64, 32, 4, 2)), *_pointers((32, 32, 8, 1))),
-                256: (*_light_pointers((32, 32, 8, 2)), *_pointers((32, 16, 8, 1))),
+                64: _pointers((32, 32, 8, 1)),
+                128: _pointers((32, 32, 8, 1)),
+                256: (*_light_pointers((32, 32, 8, 2)), *_pointers((16, 16, 8, 1))),
                 512: _pointers((16, 16, 8, 1)),
             },
             4: {
@@ -212,7 +210,7 @@ TABLE: dict[str, dict[int, dict[int, dict[int, Launches]]]] = {
         },
         80: {
             2: {
-                64: _pointers((32, 32, 8, 1)),
+                64: _pointers((32, 16, 8, 1)),
                 128: _pointers((32, 16, 8, 1)),
                 256: _pointers((32, 16, 8, 1)),
                 512: _pointers((16, 16, 8, 1)),

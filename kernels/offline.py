@@ -183,8 +183,8 @@ def compile_launch(
     arch: int, kernel: str, launch: Launch, case: str, head_dim: int, dtype: torch.dtype
 ) -> Compiled:
     """One kernel, launched so, for the example call of that name."""
-    # wide heads of an odd size are not gated: they are rare, and spill
-    aligned = launch.TMA or launch.light or head_dim > 128
+    # odd sizes are gated up to 128 on sm_90 only: they are rare, and may spill a few registers
+    aligned = launch.TMA or launch.light or head_dim > 128 or arch == 80
     a = example(case, head_dim, dtype, aligned)
 
     def run() -> None:
@@ -282,8 +282,8 @@ def compile_decode(
 
 
 def decode_faults(arch: int, code: Compiled) -> list[str]:
-    """What the gate has against it; two blocks have to fit a processor."""
-    limit = SHARED_MEMORY[arch] // 2
+    """What the gate has against it."""
+    limit = SHARED_MEMORY[arch]
     rules = {
         f"spills {code.stack} bytes": code.stack == 0,
         f"needs {code.shared} of {limit} bytes of shared memory": code.shared <= limit,
@@ -292,9 +292,9 @@ def decode_faults(arch: int, code: Compiled) -> list[str]:
     return [sentence for sentence, holds in rules.items() if not holds]
 
 
-def versions() -> str:
+def versions(arch: int) -> str:
     """What the numbers of a compiled kernel depend on, beside its source."""
-    return f"triton {triton.__version__}, ptxas {ptxas.version()}"
+    return f"triton {triton.__version__}, ptxas {ptxas.version(arch)}"
 
 
 def main() -> None:
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--of", type=int, default=1)
     arguments = parser.parse_args()
-    print(json.dumps({"versions": versions()}), flush=True)
+    print(json.dumps({"versions": versions(arguments.arch)}), flush=True)
     for line in _lines(arguments.arch, arguments.part, arguments.of):
         print(line, flush=True)
 

@@ -22,9 +22,9 @@ REMEDY = (
 )
 
 
-def version() -> str:
-    """The version that Triton uses for Hopper, as in "12.8.93"."""
-    text = compiler.get_ptxas_version(90)
+def version(arch: int = 90) -> str:
+    """The version that Triton uses for that architecture, as in "12.8.93"."""
+    text = compiler.get_ptxas_version(arch)
     found = re.search(r"V(\d+\.\d+\.\d+)", text)
     return found[1] if found else text.strip()
 

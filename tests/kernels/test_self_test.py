@@ -309,7 +309,7 @@ def test_nothing_runs_elsewhere(monkeypatch):
 
 # which launch is taken
 
-SPECIAL = Launch(32, 32, 4, 2, TMA=True, WARP_SPECIALIZE=True)
+SPECIAL = Launch(32, 32, 4, 2, TMA=True, WARP_SPECIALIZE=True, light=True)
 LAST = Launch(32, 32, 4, 1)
 
 

@@ -108,10 +108,14 @@ def test_gradients_through_one_result_alone(impl, index, average_heads, dtype):
     check((2, 4, 2, 20, 35, 16, 24), features, dtype, impl, average_heads, only(index))
 
 
-@pytest.mark.parametrize("head_dim", [8, 96, 300, 512])
-def test_head_dims(head_dim):
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(8, torch.float32), (96, torch.float32), (300, torch.bfloat16), (512, torch.bfloat16)],
+    ids=str,
+)
+def test_head_dims(head_dim, dtype):
     shape = (1, 2, 1, 33, 40, head_dim, 16)
-    check(shape, {"causal": True}, torch.float32, "triton", average_heads=True)
+    check(shape, {"causal": True}, dtype, "triton", average_heads=True)
 
 
 def test_fp16():
