@@ -80,7 +80,7 @@ def choose(kernel: str, a: Arguments, loaded: Sequence[Tensor]) -> Launch:
             (aligned or not launch.TMA)
             and (_plain(a) or not launch.WARP_SPECIALIZE)
             and (_light(a) or not launch.light)
-            and launch.BLOCK_M <= max(64, 2 * a.longest[0])
+            and max(64, 2 * a.longest[0]) >= launch.BLOCK_M
         )
         variant = Variant(kernel, launch, head_dim, a.query.dtype, hides)
         if (fits or launch is listed[-1]) and usable(variant, a.query.device):
