@@ -152,6 +152,16 @@ def test_tiles_that_are_hidden_are_never_computed(options, poisoned, config):
     assert gradients[2].isfinite().all()
 
 
+@pytest.mark.parametrize("window", [(1, 0), (0, 1), (1, -1), (-1, 1), (33, 0)], ids=str)
+def test_windows_that_end_one_pair_into_a_tile(window):
+    """Tiles of 32: the last row that sees a tile of keys is the first of its own."""
+    tensors = {n: random(1, 1, 64, 16, requires_grad=True) for n in ("query", "key", "value")}
+    assert_within_budget(
+        ops.attention, reference.attention, tensors, {"window": window}, impl="triton",
+        reduction=64 * 16,
+    )  # fmt: skip
+
+
 def test_lengths_that_lie_outside_of_the_tensors_are_clamped():
     """Values on a GPU cannot be looked at without waiting for it: nothing may be read beyond."""
     x = random(1, 2, 20, 8)
