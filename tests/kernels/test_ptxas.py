@@ -9,6 +9,8 @@ from llmos_fast.kernels import ptxas
 from triton import knobs
 from triton.backends.nvidia import compiler
 
+BEFORE = os.environ.get("TRITON_PTXAS_PATH")
+
 
 def fake_tool(path, version):
     path.parent.mkdir(parents=True)
@@ -26,11 +28,13 @@ def machine(monkeypatch, tmp_path):
     spec = SimpleNamespace(submodule_search_locations=folders)
     monkeypatch.setattr(ptxas.importlib.util, "find_spec", {"nvidia": spec}.get)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    # set, then deleted: monkeypatch then removes what triton writes there, even where none was
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "")
+    monkeypatch.delenv("TRITON_PTXAS_PATH")
     compiler.get_ptxas_version.cache_clear()
     with knobs.nvidia.scope():
         knobs.nvidia.ptxas = str(own)
-        monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+        del os.environ["TRITON_PTXAS_PATH"]
         # as triton before 3.9 has it
         monkeypatch.setattr(compiler, "get_ptxas", lambda arch: knobs.nvidia.ptxas)
         yield SimpleNamespace(own=own, extra=extra, spec=spec)
@@ -107,6 +111,11 @@ def test_nothing_changes(condition, machine, monkeypatch):
     ptxas.prefer_newer()
     assert knobs.nvidia.ptxas.path == str(machine.own)
     assert dict(os.environ) == before
+
+
+def test_the_environment_is_as_it_was():
+    """A tool of the tests above would assemble nothing for the tests below."""
+    assert os.environ.get("TRITON_PTXAS_PATH") == BEFORE
 
 
 def test_version_of_a_mock(monkeypatch):
