@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -23,7 +23,12 @@ from .launch_tables import TABLE, Launch
 from .ptxas import REMEDY
 from .runtime import architecture
 
-__all__ = ["TABLE", "Launch", "Pinned", "Variant", "choose", "forced", "padded", "section"]
+__all__ = [
+    "TABLE", "Launch", "Pinned", "Variant", "choose", "forced", "padded", "section",
+    "unless_forced",
+]  # fmt: skip
+
+L = TypeVar("L")
 
 # half of the H200's L2 cache, so that the next section's rows do not push out this one's
 L2_BYTES = 25 * 2**20
@@ -55,8 +60,8 @@ class Pinned(Arguments):
 
 # what the self-test found wrong on this machine
 struck_off: set[Variant] = set()
-# by kernel, inside of ``forced``
-forced_launches: dict[str, Launch] = {}
+# by kernel, inside of ``forced``: Launch for attention, each other kernel's own class
+forced_launches: dict[str, Any] = {}
 
 
 @lru_cache
@@ -126,8 +131,14 @@ def section(a: Arguments) -> int:
     return max(1, min(a.batch * heads_q, int(L2_BYTES / max(head_bytes, 1))))
 
 
+def unless_forced(kernel: str, launch: L) -> L:
+    """``launch``, or what ``forced`` has for that kernel."""
+    forced_launch: L = forced_launches.get(kernel, launch)
+    return forced_launch
+
+
 @contextmanager
-def forced(**launches: Launch) -> Iterator[None]:
+def forced(**launches: Any) -> Iterator[None]:
     """Inside, the named kernels are launched so; for tests and for the tuner."""
     previous = dict(forced_launches)
     forced_launches.update(launches)

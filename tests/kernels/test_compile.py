@@ -1,8 +1,8 @@
-"""Every launch of the attention kernels, compiled for GPUs that are not there, and judged.
+"""Every launch of the kernels, compiled for GPUs that are not there, and judged.
 
-No spills for 16-bit calls (but for the bias gradient at head_dim 512), shared memory within the
-limit, and the instructions that a launch promises. Each launch is compiled for the example calls
-that it has to serve (``offline.jobs``), not for every combination of features. Registers and shared
+No spills but where a job says so, shared memory within the limit, and the instructions that a
+launch promises. Each launch is compiled for the example calls that it has to serve
+(``gate.jobs``), not for every combination of features. Registers and shared
 memory are compared with golden.json where it knows the versions of triton and ptxas; write its
 entry anew with
 
@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from llmos_fast.kernels import offline
+from llmos_fast.kernels import gate, offline
+from llmos_fast.kernels.attention_jobs import launch_job
 from llmos_fast.kernels.launch import Launch
 from llmos_fast.kernels.offline import Compiled, faults
 
@@ -30,7 +31,7 @@ PROCESSES = 2
 def run(arch, part):
     """Lines of one process, which compiles: this one may interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "llmos_fast.kernels.offline", str(arch)]
+    command = [sys.executable, "-m", "llmos_fast.kernels.gate", str(arch)]
     command += ["--part", str(part), "--of", str(PROCESSES)]
     with tempfile.TemporaryFile("w+") as errors:
         result = subprocess.run(
@@ -47,8 +48,7 @@ def test_every_launch_passes_the_gate(arch, pytestconfig):
         parts = list(pool.map(lambda part: run(arch, part), range(PROCESSES)))
     versions = parts[0][0]["versions"]
     lines = [line for part in parts for line in part[1:]]
-    expected = len(list(offline.jobs(arch))) + len(list(offline.decode_jobs()))
-    assert len(lines) == expected
+    assert sorted(line["job"] for line in lines) == sorted(job.name for job in gate.jobs(arch))
     wrong = {line["job"]: line["faults"] for line in lines if line["faults"]}
     assert not wrong, "\n".join(f"{job}: {faults}" for job, faults in wrong.items())
     numbers = {line["job"]: f"{line['registers']} registers, {line['shared']} B" for line in lines}
@@ -66,6 +66,10 @@ def test_every_launch_passes_the_gate(arch, pytestconfig):
         }
         assert not changed, f"before and now: {changed}"
         assert set(golden[name]) == set(numbers)
+
+
+def job(launch):
+    return launch_job(90, "attention_forward", launch, "causal", 64, torch.bfloat16)
 
 
 GOOD = Compiled("attention_forward", 200, 0, 100_000, wgmma=8, mma=0, tma=4, setmaxnreg=0)
@@ -86,9 +90,9 @@ GOOD = Compiled("attention_forward", 200, 0, 100_000, wgmma=8, mma=0, tma=4, set
 )
 def test_the_gate_refuses(change, launch, sentence):
     good = Launch(128, 64, 8, 3, TMA=True)
-    assert faults(90, good, 64, torch.bfloat16, GOOD) == []
+    assert faults(90, job(good), GOOD) == []
     launch = Launch(**(good.__dict__ | launch))
-    found = faults(90, launch, 64, torch.bfloat16, Compiled(**(GOOD.__dict__ | change)))
+    found = faults(90, job(launch), Compiled(**(GOOD.__dict__ | change)))
     assert len(found) == 1
     assert found[0].startswith(sentence)
 
@@ -98,11 +102,12 @@ def test_a_launch_that_spills_is_refused():
     code = (
         "import torch\n"
         "from llmos_fast.kernels import offline\n"
+        "from llmos_fast.kernels.attention_jobs import launch_job\n"
         "from llmos_fast.kernels.launch import Launch\n"
         "launch = Launch(128, 128, 4, 2, TMA=True)\n"
-        "job = (90, 'attention_forward', launch, 'causal', 128, torch.bfloat16)\n"
-        "code = offline.compile_launch(*job)\n"
-        "print(offline.faults(90, launch, 128, torch.bfloat16, code))"
+        "job = launch_job(90, 'attention_forward', launch, 'causal', 128, torch.bfloat16)\n"
+        "code = offline.compiled(90, job.kernel, job.run)\n"
+        "print(offline.faults(90, job, code))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(

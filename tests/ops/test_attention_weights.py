@@ -1,11 +1,7 @@
 """Attention with its weights: against the definition, one result with the other, what is held."""
 
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -338,50 +334,6 @@ def test_one_tensor_in_three_places(impl):
     eager = gradient(reference.attention_weights, x)
     truth = gradient(reference.attention_weights, wide)
     assert_close_to_truth(ours, eager, truth, reduction=9 * 8)
-
-
-COMPILE = """
-import json, sys, torch
-from llmos_fast.kernels import attention_weights, offline
-from llmos_fast.kernels.attention_arguments import Arguments
-
-def empty(*shape, dtype):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-def compiled(arch, head_dim, dtype, average_heads, plain):
-    query, key = (empty(2, heads, 1024, head_dim, dtype=dtype) for heads in (8, 2))
-    extras = [None] * 4 if plain else [
-        empty(2, 1, 1, 1024, dtype=torch.bool), empty(1, 8, 1024, 1024, dtype=dtype),
-        empty(8, dtype=torch.float32), empty(dtype=torch.int64),
-    ]
-    mask, bias, per_head, seed = extras
-    a = Arguments(
-        query, key, key, mask, bias, None, None, None, 0, 0, per_head, per_head, "top_left",
-        -1 if plain else 10, -1, 0.0 if plain else 2.0, 0.0 if plain else 0.1, seed, 0.1,
-    )
-    lse = empty(2, 8, 1024, dtype=torch.float32)
-    run = lambda: attention_weights.recompute(a, lse, average_heads)
-    return offline.compiled(arch, "attention_weights", run)
-
-arch = int(sys.argv[1])
-for dtype in (torch.bfloat16, torch.float32):
-    for average_heads, plain in ((True, True), (True, False), (False, False)):
-        code = compiled(arch, 128, dtype, average_heads, plain)
-        products = code.wgmma if arch == 90 else code.mma
-        print(json.dumps([code.stack, code.shared <= offline.SHARED_MEMORY[arch], products > 0]))
-"""
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-def test_compiles_for_a_gpu_without_spilling(arch):
-    """What the interpreter runs need not compile; in a process of its own, without it."""
-    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(arch)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert kernels == [[0, True, True]] * 6
 
 
 BAD = [
