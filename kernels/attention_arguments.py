@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmos_fast.dropout import keep_scale, threshold
+from .philox import Dropout, dropout_numbers
+from .runtime import contiguous
 
 
 class Rows(NamedTuple):
@@ -56,14 +57,6 @@ class Sequences(NamedTuple):
     cu_q: Tensor | None
     cu_k: Tensor | None
     bottom_right: int | None
-
-
-class Dropout(NamedTuple):
-    """An element is kept where its bits, less 2^31, are over ``last_dropped``."""
-
-    seed: Tensor
-    last_dropped: int
-    keep_scale: float
 
 
 class Scores(NamedTuple):
@@ -184,9 +177,9 @@ class Arguments(NamedTuple):
             self.key.shape[dimension],
             heads_q,
             heads_q // max(heads_kv, 1),
-            _contiguous(self.key_lengths),
-            _contiguous(self.cu_seqlens_q),
-            _contiguous(self.cu_seqlens_k),
+            contiguous(self.key_lengths),
+            contiguous(self.cu_seqlens_q),
+            contiguous(self.cu_seqlens_k),
             1 if self.causal == "bottom_right" else None,
         )
 
@@ -205,20 +198,9 @@ class Arguments(NamedTuple):
             plane(self.bias, self.scores_shape),
             alibi,
             self.heads[0] if alibi is not None and alibi.dim() == 2 else 0,
-            _contiguous(self.sinks),
-            _dropout(self.seed, self.dropout_p),
+            contiguous(self.sinks),
+            dropout_numbers(self.seed, self.dropout_p),
             1 if plain else None,
             None if self.mask is None else 1,
             None if self.bias is None else 1,
         )
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _dropout(seed: Tensor | None, p: float) -> Dropout | None:
-    drop_below = threshold(p)
-    if seed is None or drop_below == 0:
-        return None
-    return Dropout(seed, drop_below - 1 - 2**31, keep_scale(p))

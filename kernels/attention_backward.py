@@ -21,7 +21,6 @@ from .attention_bias import bias_gradient
 from .attention_rows import load_rows, open_rows, store_rows
 from .attention_scores import (
     LOG2E,
-    kept,
     locate,
     probabilities,
     schedule,
@@ -32,6 +31,7 @@ from .attention_scores import (
     with_sink,
 )
 from .attention_tiles import list_columns, list_rows, tile_range, tile_start
+from .philox import kept
 from .runtime import dot, launch, product_precision
 
 
@@ -121,7 +121,7 @@ def attention_backward_key(
             )  # fmt: skip
             weights = p
             if scores.dropout is not None:
-                keep = kept(rows, first_column, row_base, scores.dropout, BLOCK_N)
+                keep = kept(scores.dropout, row_base + rows, first_column, BLOCK_N)
                 weights = tl.where(keep, p, 0.0)
             dv = dot(weights.to(do.dtype), do, dv, PRECISION)
             dp = dot(v, tl.trans(do), None, PRECISION)

@@ -15,7 +15,7 @@ from llmos_fast.library import register
 from .attention_arguments import Scores, rows
 from .attention_split import Factors, Pages, Partials, attention_split
 from .launch import padded
-from .runtime import DEVICES, launch, product_precision, refusal
+from .runtime import DEVICES, launch, product_precision, refusal, zero_counters
 
 # by bytes of an element of the queries: what fits into registers
 LARGEST_HEAD_DIM = {2: 512, 4: 128}
@@ -290,9 +290,6 @@ def _scores(
     )
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
-
 def _partials(
     programs: int, splits: int, block_m: int, block_dv: int, device: torch.device
 ) -> Partials | None:
@@ -302,26 +299,8 @@ def _partials(
     return Partials(
         torch.empty(parts, block_m, block_dv, dtype=torch.float32, device=device),
         torch.empty(parts, 2, block_m, dtype=torch.float32, device=device),
-        _zero_counters(programs, device),
+        zero_counters(programs, device),
     )
-
-
-def _zero_counters(count: int, device: torch.device) -> Tensor:
-    """Int32[>= count] of zeros, which a launch leaves as it found them.
-
-    Launches on two streams must not share them. A CUDA graph may be replayed on any stream: it gets
-    counters of its own, zeroed in the graph.
-    """
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    counters = _counters.get((device, stream))
-    if counters is None or counters.numel() < count:
-        counters = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-        _counters[device, stream] = counters
-    return counters
 
 
 _attention_decode = register(

@@ -8,7 +8,7 @@ columns along the second, or is transposed: ``rows`` and ``columns`` are [M, 1] 
 import triton
 import triton.language as tl
 
-from .philox import random_bits
+from .philox import kept
 from .runtime import wide
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -198,15 +198,6 @@ def score_factor(scores):
 
 
 @triton.jit
-def kept(rows, first_column, row_base, dropout, N: tl.constexpr):
-    """Bool tile: which probabilities dropout keeps."""
-    seed = tl.load(dropout.seed)
-    bits = random_bits(seed, row_base + rows, first_column, N)
-    last = tl.cast(dropout.last_dropped, tl.int32).to(tl.uint32, bitcast=True) ^ 0x80000000
-    return bits > last
-
-
-@triton.jit
 def probabilities(
     s, lse2, rows, columns, first_row, first_column,
     len_q, len_k, shift, batch, head, scores, M: tl.constexpr, N: tl.constexpr,
@@ -223,6 +214,6 @@ def probabilities(
 def score_gradients(p, dp, delta, rows, first_column, row_base, scores, N: tl.constexpr):
     """Gradient of a tile of scores, as a bias sees it; ``dp`` is d_out value^T, or transposed."""
     if scores.dropout is not None:
-        keep = kept(rows, first_column, row_base, scores.dropout, N)
+        keep = kept(scores.dropout, row_base + rows, first_column, N)
         dp = tl.where(keep, dp * scores.dropout.keep_scale, 0.0)
     return p * (dp - delta)

@@ -76,7 +76,8 @@ def choose(kernel: str, a: Arguments, loaded: Sequence[Tensor]) -> Launch:
         return a.launches[kernel]
     aligned = all(fits_tma(t) for t in loaded)
     if kernel in forced_launches:
-        return replace(forced_launches[kernel], TMA=forced_launches[kernel].TMA and aligned)
+        pinned: Launch = forced_launches[kernel]
+        return replace(pinned, TMA=pinned.TMA and aligned)
     head_dim = padded(max(a.query.shape[-1], a.value.shape[-1]))
     listed = candidates(kernel, a.query.device, a.query.dtype, head_dim)
     hides = bool(a.causal) or a.window_left >= 0 or a.window_right >= 0

@@ -89,7 +89,7 @@ class Job(NamedTuple):
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
     """A tensor that a job is described with."""
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def compiled(arch: int, kernel: str, run: Callable[[], object]) -> Compiled:

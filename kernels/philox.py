@@ -1,11 +1,40 @@
 """The dropout bits of llmos_fast/dropout.py on the GPU."""
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from llmos_fast.dropout import ROUNDS
+from llmos_fast.dropout import ROUNDS, keep_scale, threshold
 
 _ROUNDS = tl.constexpr(ROUNDS)
+
+
+class Dropout(NamedTuple):
+    """An element is kept where its bits, less 2^31, are over ``last_dropped``."""
+
+    seed: Tensor
+    last_dropped: int
+    keep_scale: float
+
+
+def dropout_numbers(seed: Tensor | None, p: float) -> Dropout | None:
+    """What a kernel needs to drop elements; None where it drops none."""
+    drop_below = threshold(p)
+    if seed is None or drop_below == 0:
+        return None
+    return Dropout(seed, drop_below - 1 - 2**31, keep_scale(p))
+
+
+@triton.jit
+def kept(dropout, rows, first_column, COLUMNS: tl.constexpr):
+    """Bool tile: which elements dropout keeps; arguments as for ``random_bits``."""
+    bits = random_bits(tl.load(dropout.seed), rows, first_column, COLUMNS)
+    last = tl.cast(dropout.last_dropped, tl.int32).to(tl.uint32, bitcast=True) ^ 0x80000000
+    return bits > last
 
 
 @triton.jit

@@ -68,6 +68,45 @@ def _architecture(device: torch.device) -> int:
     return 90 if major >= 9 else 80 if major == 8 else 0
 
 
+def programs(device: torch.device, tiles: int) -> int:
+    """How many programs share ``tiles`` pieces of work: one for each multiprocessor, or fewer."""
+    return min(tiles, multiprocessors(device))
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 4  # interpreted or compiled only: few, so that each has several tiles
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def zero_counters(count: int, device: torch.device) -> Tensor:
+    """Int32[>= count] of zeros, which a launch leaves as it found them.
+
+    Launches on two streams must not share them. A CUDA graph may be replayed on any stream: it gets
+    counters of its own, zeroed in the graph.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    counters = _counters.get((device, stream))
+    if counters is None or counters.numel() < count:
+        counters = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+        _counters[device, stream] = counters
+    return counters
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """``x`` with adjacent elements, copied only where they are not; None stays None."""
+    return None if x is None else x.contiguous()
+
+
 def product_precision(dtype: torch.dtype) -> str:
     """How tensor cores multiply fp32: as three tf32 products, or one where torch is told so."""
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":

@@ -74,5 +74,5 @@ def dropout_rows(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     if seed is None:
         return x
     columns = torch.arange(x.shape[-1], device=x.device)
-    rows = torch.arange(x[..., :1].numel(), device=x.device).view(*x.shape[:-1], 1)
+    rows = torch.arange(x.shape[:-1].numel(), device=x.device).view(*x.shape[:-1], 1)
     return x * dropout_factor(seed, p, rows, columns).to(x.dtype)

@@ -28,6 +28,8 @@ def forward(
     b2: Tensor | None,
     activation: str,
     dropout_p: float,
+    residual: Tensor | None,
+    recompute: bool,
     seed: Tensor | None,
 ) -> Tensor:
     """See llmos_fast.ops.ffn."""
@@ -35,9 +37,14 @@ def forward(
     if seed is None and not torch.is_grad_enabled() and is_plain((x, w1, b1, w2, b2)):
         hidden = product_activated(rows, w1, b1, activation)
         if hidden is not None:
-            return product(hidden, w2, b2).view(*x.shape[:-1], w2.shape[0])  # type: ignore[no-any-return]
-    out, _ = _ffn(rows, w1, b1, w2, b2, activation, dropout_p, seed)
-    return out.view(*x.shape[:-1], w2.shape[0])  # type: ignore[no-any-return]
+            return _shaped(product(hidden, w2, b2), x, residual)
+    out, _ = _ffn(rows, w1, b1, w2, b2, activation, dropout_p, seed, recompute)
+    return _shaped(out, x, residual)
+
+
+def _shaped(out: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
+    out = out.view(*x.shape[:-1], out.shape[-1])
+    return out if residual is None else residual + out
 
 
 def _forward_cpu(
@@ -49,9 +56,11 @@ def _forward_cpu(
     activation: str,
     p: float,
     seed: Tensor | None,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     gate = product(x, w1, b1)
-    return product(activation_forward(gate, None, activation, p, seed), w2, b2), gate
+    out = product(activation_forward(gate, None, activation, p, seed), w2, b2)
+    return out, gate.new_empty(0) if recompute else gate
 
 
 def _forward_fake(
@@ -63,12 +72,14 @@ def _forward_fake(
     activation: str,
     p: float,
     seed: Tensor | None,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty(x.shape[0], w1.shape[0])
+    gate = x.new_empty(0) if recompute else x.new_empty(x.shape[0], w1.shape[0])
+    return x.new_empty(x.shape[0], w2.shape[0]), gate
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w1, b1, w2, b2, ctx.activation, ctx.p, seed = inputs
+    x, w1, b1, w2, b2, ctx.activation, ctx.p, seed, ctx.recompute = inputs
     ctx.save_for_backward(x, w1, b1, w2, b2, seed, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -78,8 +89,12 @@ def _backward(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None,
     if torch.is_grad_enabled():
         tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
         rest = {"activation": ctx.activation, "dropout_p": ctx.p, "seed": seed}
-        return (*second_order(definition, tensors, rest, (d_out,)).values(), None, None, None)
+        rest |= {"residual": None, "recompute": False}
+        found = second_order(definition, tensors, rest, (d_out,))
+        return (*found.values(), None, None, None, None)
     need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
+    if ctx.recompute:
+        gate = product(x, w1, b1)
     d_hidden = product(d_out, w2.t(), None)
     d_gate, hidden = _ffn_activation_backward(gate, d_hidden, ctx.activation, ctx.p, seed)
     return (
@@ -88,6 +103,7 @@ def _backward(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None,
         d_gate.sum(0) if need_b1 else None,
         product(d_out.t(), hidden.t(), None) if need_w2 else None,
         d_out.sum(0) if need_b2 else None,
+        None,
         None,
         None,
         None,
@@ -109,7 +125,7 @@ def _activation_backward_fake(
 
 _ffn = differentiable(
     "ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, float dropout_p, "
-    "Tensor? seed) -> (Tensor, Tensor)",
+    "Tensor? seed, bool recompute) -> (Tensor, Tensor)",
     _forward_cpu,
     _forward_fake,
     _setup_context,

@@ -30,14 +30,17 @@ def forward(
     b_down: Tensor | None,
     activation: str,
     dropout_p: float,
+    residual: Tensor | None,
+    recompute: bool,
     seed: Tensor | None,
 ) -> Tensor:
     """See llmos_fast.ops.gated_ffn."""
     rows = x.reshape(-1, x.shape[-1])
     out, _, _ = _gated_ffn(
-        rows, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, dropout_p, seed
+        rows, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, dropout_p, seed, recompute
     )
-    return out.view(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
+    out = out.view(*x.shape[:-1], w_down.shape[0])
+    return out if residual is None else residual + out  # type: ignore[no-any-return]
 
 
 def _forward_cpu(
@@ -51,9 +54,13 @@ def _forward_cpu(
     activation: str,
     p: float,
     seed: Tensor | None,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gate, up = product(x, w_gate, b_gate), product(x, w_up, b_up)
-    return product(activation_forward(gate, up, activation, p, seed), w_down, b_down), gate, up
+    out = product(activation_forward(gate, up, activation, p, seed), w_down, b_down)
+    if recompute:
+        return out, gate.new_empty(0), up.new_empty(0)
+    return out, gate, up
 
 
 def _forward_fake(
@@ -67,13 +74,14 @@ def _forward_fake(
     activation: str,
     p: float,
     seed: Tensor | None,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gate = x.new_empty(x.shape[0], w_gate.shape[0])
+    gate = x.new_empty(0) if recompute else x.new_empty(x.shape[0], w_gate.shape[0])
     return x.new_empty(x.shape[0], w_down.shape[0]), gate, torch.empty_like(gate)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.activation, ctx.p, seed = inputs
+    *tensors, ctx.activation, ctx.p, seed, ctx.recompute = inputs
     ctx.save_for_backward(*tensors, seed, output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
 
@@ -85,9 +93,13 @@ def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None
     *tensors, seed, gate, up = ctx.saved_tensors
     if torch.is_grad_enabled():
         rest = {"activation": ctx.activation, "dropout_p": ctx.p, "seed": seed}
+        rest |= {"residual": None, "recompute": False}
         named = dict(zip(_NAMES, tensors, strict=True))
-        return (*second_order(definition, named, rest, (d_out,)).values(), None, None, None)
-    x, w_gate, w_up, w_down = tensors[:4]
+        found = second_order(definition, named, rest, (d_out,))
+        return (*found.values(), None, None, None, None)
+    x, w_gate, w_up, w_down, b_gate, b_up, _ = tensors
+    if ctx.recompute:
+        gate, up = product(x, w_gate, b_gate), product(x, w_up, b_up)
     need = dict(zip(_NAMES, ctx.needs_input_grad, strict=False))
     d_hidden = product(d_out, w_down.t(), None)
     d_gate, d_up, hidden = _gated_backward(gate, up, d_hidden, ctx.activation, ctx.p, seed)
@@ -103,6 +115,7 @@ def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None
         None,
         None,
         None,
+        None,
     )
 
 
@@ -114,7 +127,8 @@ def _gated_backward_fake(
 
 _gated_ffn = differentiable(
     "gated_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, Tensor? b_up, "
-    "Tensor? b_down, str activation, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    "Tensor? b_down, str activation, float dropout_p, Tensor? seed, bool recompute) "
+    "-> (Tensor, Tensor, Tensor)",
     _forward_cpu,
     _forward_fake,
     _setup_context,

@@ -9,7 +9,7 @@ from llmos_fast.dropout import draw_seed
 from llmos_fast.ops import check
 from llmos_fast.ops.linear import check_weight
 
-implementations("ffn", "native")
+implementations("ffn", "native", "triton")
 
 _OP = "ffn"
 ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu")
@@ -24,9 +24,11 @@ def ffn(
     *,
     activation: str = "gelu",
     dropout_p: float = 0.0,
+    residual: Tensor | None = None,
+    recompute: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """dropout(activation(x w1^T + b1)) w2^T + b2 (Vaswani et al. 2017, eq. 2).
+    """dropout(activation(x w1^T + b1)) w2^T + b2 + residual (Vaswani et al. 2017, eq. 2).
 
     Args:
         x: Float[... features].
@@ -37,23 +39,29 @@ def ffn(
         activation: "relu", "relu2" (squared), "gelu" (erf), "gelu_tanh" or "silu".
         dropout_p: probability with which elements of the hidden layer are dropped, by bits keyed
             on (row, hidden column), see llmos_fast.dropout.
+        residual: Float[... out] added to the result, or None.
+        recompute: compute arguments of the activation again for the gradients instead of keeping
+            them: one product more, and nothing as large as the hidden layer stays in memory.
         impl: "auto", or the name of an implementation, which is then forced.
 
     Returns:
         Float[... out] in the dtype of ``x``; under autocast in its dtype.
 
-    Gradients: x, w1, b1, w2, b2.
+    Gradients: x, w1, b1, w2, b2, residual.
 
     Raises:
         ValueError: naming op, argument, rule and value.
     """
-    x, w1, b1, w2, b2 = check.autocast(x, w1, b1, w2, b2)  # type: ignore[assignment]
-    check.floating(_OP, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
-    check.same_dtype(_OP, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    x, w1, b1, w2, b2, residual = check.autocast(  # type: ignore[assignment]
+        x, w1, b1, w2, b2, residual
+    )
+    check.floating(_OP, x=x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual)
+    check.same_dtype(_OP, x=x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual)
     check_weight(_OP, "w1", w1, x)
     check.shape(_OP, "b1", b1, w1.shape[:1], "hidden")
     check.shape(_OP, "w2", w2, (w2.shape[0], w1.shape[0]), "out hidden")
     check.shape(_OP, "b2", b2, w2.shape[:1], "out")
+    check.shape(_OP, "residual", residual, (*x.shape[:-1], w2.shape[0]), "... out")
     check_activation(_OP, activation)
     check.probability(_OP, "dropout_p", dropout_p)
     return select(  # type: ignore[no-any-return]
@@ -66,6 +74,8 @@ def ffn(
         b2=b2,
         activation=activation,
         dropout_p=dropout_p,
+        residual=residual,
+        recompute=recompute,
         seed=draw_seed(dropout_p, x.device),
     )
 

@@ -10,7 +10,7 @@ from llmos_fast.ops import check
 from llmos_fast.ops.ffn import check_activation
 from llmos_fast.ops.linear import check_weight
 
-implementations("gated_ffn", "native")
+implementations("gated_ffn", "native", "triton")
 
 _OP = "gated_ffn"
 
@@ -26,9 +26,11 @@ def gated_ffn(
     b_down: Tensor | None = None,
     activation: str = "silu",
     dropout_p: float = 0.0,
+    residual: Tensor | None = None,
+    recompute: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """dropout(activation(x w_gate^T + b_gate) (x w_up^T + b_up)) w_down^T + b_down.
+    """dropout(activation(x w_gate^T + b_gate) (x w_up^T + b_up)) w_down^T + b_down + residual.
 
     Source: Shazeer 2020, "GLU variants improve Transformer": "silu" gives SwiGLU, "gelu" GeGLU.
 
@@ -43,29 +45,33 @@ def gated_ffn(
         activation: "relu", "relu2" (squared), "gelu" (erf), "gelu_tanh" or "silu".
         dropout_p: probability with which elements of the hidden layer are dropped, by bits keyed
             on (row, hidden column), see llmos_fast.dropout.
+        residual: Float[... out] added to the result, or None.
+        recompute: compute arguments of the activation again for the gradients instead of keeping
+            them: one product more, and nothing as large as the hidden layer stays in memory.
         impl: "auto", or the name of an implementation, which is then forced.
 
     Returns:
         Float[... out] in the dtype of ``x``; under autocast in its dtype.
 
-    Gradients: x and all weights and biases.
+    Gradients: x, residual and all weights and biases.
 
     Raises:
         ValueError: naming op, argument, rule and value.
     """
-    x, w_gate, w_up, w_down, b_gate, b_up, b_down = check.autocast(  # type: ignore[assignment]
-        x, w_gate, w_up, w_down, b_gate, b_up, b_down
+    x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual = check.autocast(  # type: ignore[assignment]
+        x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual
     )
     tensors = {"x": x, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
     biases = {"b_gate": b_gate, "b_up": b_up, "b_down": b_down}
-    check.floating(_OP, **tensors, **biases)
-    check.same_dtype(_OP, **tensors, **biases)
+    check.floating(_OP, **tensors, **biases, residual=residual)
+    check.same_dtype(_OP, **tensors, **biases, residual=residual)
     check_weight(_OP, "w_gate", w_gate, x)
     check.shape(_OP, "w_up", w_up, w_gate.shape, "hidden features")
     check.shape(_OP, "w_down", w_down, (w_down.shape[0], w_gate.shape[0]), "out hidden")
     check.shape(_OP, "b_gate", b_gate, w_gate.shape[:1], "hidden")
     check.shape(_OP, "b_up", b_up, w_gate.shape[:1], "hidden")
     check.shape(_OP, "b_down", b_down, w_down.shape[:1], "out")
+    check.shape(_OP, "residual", residual, (*x.shape[:-1], w_down.shape[0]), "... out")
     check_activation(_OP, activation)
     check.probability(_OP, "dropout_p", dropout_p)
     seed = draw_seed(dropout_p, x.device)
@@ -76,5 +82,7 @@ def gated_ffn(
         **biases,
         activation=activation,
         dropout_p=dropout_p,
+        residual=residual,
+        recompute=recompute,
         seed=seed,
     )

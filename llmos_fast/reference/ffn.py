@@ -21,11 +21,14 @@ def forward(
     b2: Tensor | None,
     activation: str,
     dropout_p: float,
+    residual: Tensor | None,
+    recompute: bool,
     seed: Tensor | None,
 ) -> Tensor:
-    """See llmos_fast.ops.ffn."""
+    """See llmos_fast.ops.ffn; ``recompute`` changes no result, and here no memory."""
     hidden = ACTIVATIONS[activation](
         F.linear(upcast(x), upcast(w1), None if b1 is None else upcast(b1))
     )
     hidden = dropout_rows(hidden, seed, dropout_p)
-    return F.linear(hidden, upcast(w2), None if b2 is None else upcast(b2)).to(x.dtype)
+    out = F.linear(hidden, upcast(w2), None if b2 is None else upcast(b2))
+    return (out if residual is None else upcast(residual) + out).to(x.dtype)

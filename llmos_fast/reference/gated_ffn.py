@@ -23,13 +23,16 @@ def forward(
     b_down: Tensor | None,
     activation: str,
     dropout_p: float,
+    residual: Tensor | None,
+    recompute: bool,
     seed: Tensor | None,
 ) -> Tensor:
-    """See llmos_fast.ops.gated_ffn."""
+    """See llmos_fast.ops.gated_ffn; ``recompute`` changes no result, and here no memory."""
     gate = _linear(upcast(x), w_gate, b_gate)
     up = _linear(upcast(x), w_up, b_up)
     hidden = dropout_rows(ACTIVATIONS[activation](gate) * up, seed, dropout_p)
-    return _linear(hidden, w_down, b_down).to(x.dtype)
+    out = _linear(hidden, w_down, b_down)
+    return (out if residual is None else upcast(residual) + out).to(x.dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
