@@ -8,7 +8,7 @@ from llmos_fast.dispatch import implementations, select
 from llmos_fast.dropout import draw_seed
 from llmos_fast.ops import check
 
-implementations("add_norm", "native")
+implementations("add_norm", "native", "triton")
 
 _OP = "add_norm"
 

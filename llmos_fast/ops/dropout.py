@@ -8,7 +8,7 @@ from llmos_fast.dispatch import implementations, select
 from llmos_fast.dropout import draw_seed
 from llmos_fast.ops import check
 
-implementations("dropout", "native")
+implementations("dropout", "native", "triton")
 
 _OP = "dropout"
 
