@@ -86,6 +86,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, w1, b1, w2, b2, _, seed, ctx.activation, ctx.p, ctx.store = inputs
     ctx.save_for_backward(x, w1, b1, w2, b2, seed, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
