@@ -20,12 +20,21 @@ def unsupported(*, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, **_: ob
 
 
 def forward(
-    *, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+    *,
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    positions: Tensor | None,
+    inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """See llmos_fast.ops.rotary."""
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
     cos, sin = cos.float(), sin.float()
-    turned_query = _rotary(query, cos, sin, interleaved, False)
-    return turned_query, _rotary(key, cos, sin, interleaved, False)
+    turned = tuple(_rotary(x, cos, sin, interleaved, False) for x in (query, key))
+    return (query.copy_(turned[0]), key.copy_(turned[1])) if inplace else (turned[0], turned[1])
 
 
 def _forward_cpu(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from llmos_fast.dispatch import implementations, select
 from llmos_fast.ops import check
 
-implementations("rotary", "native")
+implementations("rotary", "native", "triton")
 
 _OP = "rotary"
+INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def rotary(
@@ -19,6 +21,8 @@ def rotary(
     sin: Tensor,
     *,
     interleaved: bool = False,
+    positions: Tensor | None = None,
+    inplace: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Rotate pairs of features by an angle that grows with the position (Su et al. 2021, RoFormer).
@@ -29,9 +33,12 @@ def rotary(
     Args:
         query: Float[batch heads_q seq head_dim], any strides.
         key: Float[batch heads_kv seq head_dim], any strides.
-        cos: Float[seq rotary_dim / 2] or Float[batch seq rotary_dim / 2]: one angle per pair.
+        cos: Float[seq rotary_dim / 2] or Float[batch seq rotary_dim / 2]: one angle per pair; with
+            ``positions`` a table, Float[max_positions rotary_dim / 2].
         sin: as ``cos``.
         interleaved: which features form a pair.
+        positions: Int32 or Int64, [seq] or [batch seq]: row of the table for each token, or None.
+        inplace: overwrite query and key, which need no gradient, and return them.
         impl: "auto", or the name of an implementation, which is then forced.
 
     Returns:
@@ -50,11 +57,58 @@ def rotary(
     check.shape(_OP, "key", key, expected, "batch heads_kv seq head_dim")
     check.require(cos.dim() in (2, 3), _OP, "cos", "have 2 or 3 dimensions", tuple(cos.shape))
     half = cos.shape[-1]
+    if positions is not None:
+        _check_positions(positions, cos, batch, seq)
     rule = f"be at most head_dim / 2 = {head_dim / 2}"
     check.require(2 * half <= head_dim, _OP, "last dimension of cos", rule, half)
-    angles = (seq, half) if cos.dim() == 2 else (batch, seq, half)
-    check.shape(_OP, "cos", cos, angles, "[batch] seq rotary_dim/2")
+    if positions is None:
+        angles = (seq, half) if cos.dim() == 2 else (batch, seq, half)
+        check.shape(_OP, "cos", cos, angles, "[batch] seq rotary_dim/2")
     check.shape(_OP, "sin", sin, cos.shape, "that of cos")
+    if inplace:
+        _check_inplace(query, key)
     return select(  # type: ignore[no-any-return]
-        _OP, impl, query=query, key=key, cos=cos, sin=sin, interleaved=interleaved
+        _OP,
+        impl,
+        query=query,
+        key=key,
+        cos=cos,
+        sin=sin,
+        interleaved=interleaved,
+        positions=positions,
+        inplace=inplace,
     )
+
+
+def _check_positions(positions: Tensor, cos: Tensor, batch: int, seq: int) -> None:
+    rule = "be int32 or int64"
+    check.require(positions.dtype in INDEX_DTYPES, _OP, "positions", rule, positions.dtype)
+    shape = (seq,) if positions.dim() == 1 else (batch, seq)
+    check.shape(_OP, "positions", positions, shape, "[batch] seq")
+    rule = "have 2 dimensions beside positions"
+    check.require(cos.dim() == 2, _OP, "cos", rule, tuple(cos.shape))
+    # elsewhere it would wait for the device
+    if positions.device.type != "cpu" or positions.numel() == 0 or torch.compiler.is_compiling():
+        return
+    wrong = (positions < 0) | (positions >= cos.shape[0])
+    if wrong.any():
+        rule = f"be in [0, {cos.shape[0]}), the rows of cos"
+        check.require(False, _OP, "positions", rule, positions[wrong][0].item())
+
+
+def _check_inplace(query: Tensor, key: Tensor) -> None:
+    for argument, x in (("query", query), ("key", key)):
+        needed = torch.is_grad_enabled() and x.requires_grad
+        check.require(not needed, _OP, argument, "need no gradient with inplace", "requires_grad")
+        overlaps = any(
+            size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)
+        )
+        rule = "have elements of its own in memory with inplace"
+        check.require(not overlaps, _OP, argument, rule, f"strides {x.stride()}")
+    same = query is key or (
+        query.numel() > 0
+        and query.device.type != "meta"
+        and not torch.compiler.is_compiling()
+        and query.data_ptr() == key.data_ptr()
+    )
+    check.require(not same, _OP, "key", "be another tensor than query with inplace", "the same")

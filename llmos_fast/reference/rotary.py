@@ -11,12 +11,22 @@ def unsupported(**_: object) -> None:
 
 
 def forward(
-    *, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+    *,
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    positions: Tensor | None,
+    inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """See llmos_fast.ops.rotary."""
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
     # [batch, 1, seq, rotary_dim / 2], or [seq, rotary_dim / 2]
     cos, sin = (t.unsqueeze(-3) if t.dim() == 3 else t for t in (cos, sin))
-    return _rotate(query, cos, sin, interleaved), _rotate(key, cos, sin, interleaved)
+    turned = _rotate(query, cos, sin, interleaved), _rotate(key, cos, sin, interleaved)
+    return (query.copy_(turned[0]), key.copy_(turned[1])) if inplace else turned
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -219,6 +219,18 @@ def test_extreme_inputs_stay_finite():
         torch.testing.assert_close(ours[finite], theirs[finite])
 
 
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_no_gradient_at_zero(activation):
+    """Of a ReLU, as torch has it."""
+    tensors = call("ffn", without=("b1",))
+    with torch.no_grad():
+        tensors["x"][:40] = 0.0
+    out = ops.ffn(**tensors, activation=activation, impl="triton")
+    (d_x,) = torch.autograd.grad(out.sum(), tensors["x"])
+    assert not d_x[:40].any()
+    assert d_x[40:].any()
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_nan_is_not_swallowed(op):
     for activation in ACTIVATIONS:
