@@ -1,4 +1,4 @@
-"""add_norm, dropout and rotary: what memory bandwidth decides.
+"""add_norm and dropout: what memory bandwidth decides.
 
 On a GPU add_norm stands beside eager PyTorch, torch.compile and, where it is installed and has the
 case, Liger-Kernel. Its gradients arrive at both results, as in a pre-norm block. Counted are the
@@ -202,30 +202,4 @@ def bench_dropout_gpu(compare, smoke, shape, dtype):
         dtype=dtype,
         rounds=ROUNDS,
         device=DEVICE,
-    )
-
-
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
-@pytest.mark.parametrize("seq", [32, 512])
-def bench_rotary(compare, smoke, seq, interleaved):
-    if smoke and seq != 32:
-        pytest.skip("not in a smoke run")
-    tensors = {
-        "query": random(4, 12, seq, 64),
-        "key": random(4, 4, seq, 64),
-        "cos": random(seq, 32),
-        "sin": random(seq, 32),
-    }
-    options = {"interleaved": interleaved}
-
-    def check():
-        assert_within_budget(
-            ops.rotary, reference.rotary, tensors, options, impl="auto", reduction=2
-        )
-
-    compare(
-        lambda: ops.rotary(**tensors, **options),
-        {"eager": lambda: reference.rotary(**tensors, **options)},
-        check=check,
-        bytes=2 * (tensors["query"].nbytes + tensors["key"].nbytes),
     )
