@@ -24,6 +24,7 @@ class Epilogue(NamedTuple):
         residual: Matrix [m n], added last.
         pre: Matrix [m n], receives the product with its bias, before the activation.
         pre_up: Matrix [m n], likewise of the product that is gated, together with ``pre``.
+        scales: Float32[n], of the product itself, before anything else.
     """
 
     bias: Tensor | None
@@ -32,6 +33,7 @@ class Epilogue(NamedTuple):
     residual: Matrix | None = None
     pre: Matrix | None = None
     pre_up: Matrix | None = None
+    scales: Tensor | None = None
 
 
 @triton.jit
@@ -54,7 +56,7 @@ def drop(y, dropout, row, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def finish(
-    y, up, out, bias, bias_up, dropout, residual, pre, pre_up,
+    y, up, out, bias, bias_up, dropout, residual, pre, pre_up, scales,
     sink, pre_sink, up_sink, m, n, m_size, n_size,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
     TMA: tl.constexpr,
@@ -69,16 +71,19 @@ def finish(
         else:
             up_0, up_1 = halves(up)
         finish(
-            y_0, up_0, out, bias, bias_up, dropout, residual, pre, pre_up,
+            y_0, up_0, out, bias, bias_up, dropout, residual, pre, pre_up, scales,
             sink, pre_sink, up_sink, m, n, m_size, n_size,
             ACTIVATION, BLOCK_M, HALF, PART, TMA,
         )  # fmt: skip
         finish(
-            y_1, up_1, out, bias, bias_up, dropout, residual, pre, pre_up,
+            y_1, up_1, out, bias, bias_up, dropout, residual, pre, pre_up, scales,
             sink, pre_sink, up_sink, m, n + HALF, m_size, n_size,
             ACTIVATION, BLOCK_M, HALF, PART, TMA,
         )  # fmt: skip
     else:
+        if scales is not None:
+            c = n + tl.arange(0, BLOCK_N)
+            y *= tl.load(scales + c, mask=c < n_size, other=0.0)[None, :]
         y = add_bias(y, bias, n, n_size, BLOCK_N)
         if pre is not None:
             write_tile(y, pre_sink, pre, m, n, m_size, n_size, BLOCK_M, BLOCK_N, TMA)

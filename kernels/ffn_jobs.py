@@ -28,13 +28,13 @@ SIZES = {True: (4096, 1024, 4096), False: (4096, 1021, 4093)}
 def jobs(arch: int) -> Iterator[Job]:
     """Both kernels in all tilings, products of a few rows, and sums for biases."""
     for dtype, gated, full in combinations(DTYPES, (False, True), (False, True)):
-        for launch, aligned in _launches("product", arch, dtype, 1 + gated):
+        for launch, aligned in launches("product", arch, dtype, 1 + gated):
             yield _product_job(launch, aligned, dtype, gated, full)
         for rows, aligned in combinations((16, 32, 64), (True, False)):
             if full:
                 yield _small_job(rows, aligned, dtype, gated)
         for again in (False, True):
-            for launch, aligned in _launches(
+            for launch, aligned in launches(
                 "ffn_backward", arch, dtype, 1 + again + (again and gated)
             ):
                 yield _backward_job(launch, aligned, dtype, gated, again, full)
@@ -44,7 +44,7 @@ def jobs(arch: int) -> Iterator[Job]:
         yield Job(f"column_sum {str(dtype)[6:]}", "column_sum", run, lambda *_: {})
 
 
-def _launches(
+def launches(
     kernel: str, arch: int, dtype: torch.dtype, accumulators: int
 ) -> list[tuple[ProductLaunch, bool]]:
     """(launch, whether its operands are aligned)."""
@@ -56,7 +56,8 @@ def _name(kernel: str, dtype: torch.dtype, *features: str) -> str:
     return " ".join([kernel, str(dtype)[6:], *(f for f in features if f)])
 
 
-def _tiles(launch: ProductLaunch) -> str:
+def tiles(launch: ProductLaunch) -> str:
+    """How a launch is cut, for the name of a job."""
     tiles = f"{launch.BLOCK_M}x{launch.BLOCK_N}x{launch.BLOCK_K}"
     return f"{tiles} warps {launch.num_warps} stages {launch.num_stages}{' TMA' * launch.TMA}"
 
@@ -86,7 +87,7 @@ def _product_job(
             product(x, weight, epilogue, activation="gelu", right_up=weight if gated else None)
 
     features_ = ("gated" * gated, "everything" * full, "" if aligned else "unaligned")
-    name = _name("product", dtype, _tiles(launch), *features_)
+    name = _name("product", dtype, tiles(launch), *features_)
     return Job(name, "product_tiles", run, partial(_rules, launch, dtype))
 
 
@@ -100,7 +101,7 @@ def _small_job(rows: int, aligned: bool, dtype: torch.dtype, gated: bool) -> Job
 
     features_ = ("gated" * gated, "" if aligned else "unaligned")
     name = _name("small_product", dtype, f"{rows} rows", *features_)
-    return Job(name, "small_product_tiles", run, _product_rule)
+    return Job(name, "small_product_tiles", run, product_rule)
 
 
 def _backward_job(
@@ -129,7 +130,7 @@ def _backward_job(
             )
 
     features_ = ("gated" * gated, "again" * again, "everything" * full)
-    name = _name("ffn_backward", dtype, _tiles(launch), *features_, "" if aligned else "unaligned")
+    name = _name("ffn_backward", dtype, tiles(launch), *features_, "" if aligned else "unaligned")
     return Job(name, "ffn_backward_tiles", run, partial(_rules, launch, dtype))
 
 
@@ -139,10 +140,11 @@ def _rules(launch: ProductLaunch, dtype: torch.dtype, arch: int, code: Compiled)
     return {
         f"has {code.wgmma} wgmma": code.wgmma > 0 or not wgmma,
         f"has {code.tma} TMA copies": (code.tma > 0) == (launch.TMA and arch == 90),
-        **_product_rule(arch, code),
+        **product_rule(arch, code),
     }
 
 
-def _product_rule(_: int, code: Compiled) -> dict[str, bool]:
+def product_rule(_: int, code: Compiled) -> dict[str, bool]:
+    """Tensor cores do the products."""
     products = code.wgmma + code.mma
     return {f"has {products} tensor core products": products > 0}

@@ -138,10 +138,15 @@ def multiply(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     N_FIRST: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """``acc`` [BLOCK_M, BLOCK_N] plus the product of rows ``m`` and columns ``n`` on."""
+    """``acc`` [BLOCK_M, BLOCK_N] plus the product of rows ``m`` and columns ``n`` on.
+
+    A right operand in fp8 is widened to the dtype of the left one.
+    """
     for k in tl.range(0, k_size, BLOCK_K):
         a = load_tile(left_source, left, m, k, m_size, k_size, BLOCK_M, BLOCK_K, TMA)
         b = load_right(right_source, right, n, k, n_size, k_size, BLOCK_N, BLOCK_K, N_FIRST, TMA)
+        if b.dtype != a.dtype:
+            b = b.to(a.dtype)
         acc = dot(a, b, acc, PRECISION)
     return acc
 

@@ -30,7 +30,7 @@ _N_FIRST = tl.constexpr(True)
 
 @triton.jit
 def product_tiles(
-    out, left, right, right_up, bias, bias_up, dropout, residual, pre, pre_up,
+    out, left, right, right_up, bias, bias_up, dropout, residual, pre, pre_up, scales,
     m_size, n_size, k_size,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -58,7 +58,7 @@ def product_tiles(
                 BLOCK_M, BLOCK_N, BLOCK_K, _N_FIRST, PRECISION, TMA,
             )  # fmt: skip
             finish(
-                acc, None, out, bias, bias_up, dropout, residual, pre, pre_up,
+                acc, None, out, bias, bias_up, dropout, residual, pre, pre_up, scales,
                 sink, pre_sink, up_sink, m, n, m_size, n_size,
                 ACTIVATION, BLOCK_M, BLOCK_N, PART, TMA,
             )  # fmt: skip
@@ -69,7 +69,7 @@ def product_tiles(
                 m, n, m_size, n_size, k_size, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA,
             )  # fmt: skip
             finish(
-                acc, acc_up, out, bias, bias_up, dropout, residual, pre, pre_up,
+                acc, acc_up, out, bias, bias_up, dropout, residual, pre, pre_up, scales,
                 sink, pre_sink, up_sink, m, n, m_size, n_size,
                 ACTIVATION, BLOCK_M, BLOCK_N, PART, TMA,
             )  # fmt: skip

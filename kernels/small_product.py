@@ -51,7 +51,7 @@ class SmallLaunch:
 
 @triton.jit
 def small_product_tiles(
-    out, left, right, right_up, bias, bias_up, dropout, residual, pre, pre_up,
+    out, left, right, right_up, bias, bias_up, dropout, residual, pre, pre_up, scales,
     partials, m_size, n_size, k_size, blocks_each,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -69,6 +69,8 @@ def small_product_tiles(
         for k in tl.range(first, last, BLOCK_K):
             a = load_tile(left.ptr, left, m, k, m_size, k_size, BLOCK_M, BLOCK_K, False)
             b = load_tile(right.ptr, right, n, k, n_size, k_size, BLOCK_N, BLOCK_K, False)
+            if b.dtype != a.dtype:
+                b = b.to(a.dtype)
             acc = dot(a, b.T, acc, PRECISION)
     else:
         acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -95,7 +97,7 @@ def small_product_tiles(
                 acc_up = _join(partials.acc_up, first_part, parts, BLOCK_M, BLOCK_N)
     if arrived == parts - 1:
         finish(
-            acc, acc_up, out, bias, bias_up, dropout, residual, pre, pre_up,
+            acc, acc_up, out, bias, bias_up, dropout, residual, pre, pre_up, scales,
             out.ptr, out.ptr, out.ptr, m, n, m_size, n_size,
             ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_N, False,
         )  # fmt: skip

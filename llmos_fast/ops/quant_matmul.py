@@ -11,7 +11,7 @@ from llmos_fast.quantize import FOUR_BIT, GROUP_SIZES, QuantizedWeight, format_o
 ACTIVATIONS = (None, "relu", "relu2", "gelu", "gelu_tanh", "silu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-dispatch.implementations("quant_matmul", "native")
+dispatch.implementations("quant_matmul", "native", "triton")
 
 
 def quant_matmul(
