@@ -139,9 +139,17 @@ def choose_launch(arch: int, half: int) -> RotaryLaunch:
     return RotaryLaunch(tokens, 4, num_warps=4)
 
 
-def unsupported(*, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, **_: object) -> str | None:
+def unsupported(
+    *,
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    **_: object,
+) -> str | None:
     """Needs CUDA tensors in bf16, fp16 or fp32; the angles get no gradient here."""
-    reason = refusal(query, key, cos, sin)
+    reason = refusal(query, key, cos, sin, positions)
     if reason is None and torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return "needs angles without gradient, got cos or sin with requires_grad"
     return reason
@@ -269,6 +277,8 @@ def _inplace(
     interleaved: bool,
 ) -> None:
     rotate(query, key, query, key, cos, sin, positions, interleaved, False)
+    # autograd must see that what it may have saved has changed
+    torch.autograd.graph.increment_version((query, key))
 
 
 def _inplace_fake(

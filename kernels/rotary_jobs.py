@@ -17,6 +17,14 @@ def jobs(arch: int) -> Iterator[Job]:
     """Both pairings; small heads and large ones that rotate in part, by positions, and back."""
     for dtype, interleaved, head_dim in product(DTYPES, (False, True), (64, 256)):
         yield _job(dtype, interleaved, head_dim, partial=head_dim == 256)
+    yield Job("rotary bfloat16 D128 one of everything", "rotary", _smallest, lambda *_: {})
+
+
+def _smallest() -> None:
+    """Sizes and strides of 1 are constants in the code."""
+    x, table = meta(1, 1, 1, 128, dtype=torch.bfloat16), meta(1, 64, dtype=torch.float32)
+    positions = meta(1, dtype=torch.int32)
+    rotate(x, x, torch.empty_like(x), torch.empty_like(x), table, table, positions, False, False)
 
 
 def _job(dtype: torch.dtype, interleaved: bool, head_dim: int, partial: bool) -> Job:

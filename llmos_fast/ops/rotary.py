@@ -87,6 +87,8 @@ def _check_positions(positions: Tensor, cos: Tensor, batch: int, seq: int) -> No
     check.shape(_OP, "positions", positions, shape, "[batch] seq")
     rule = "have 2 dimensions beside positions"
     check.require(cos.dim() == 2, _OP, "cos", rule, tuple(cos.shape))
+    readable = cos.shape[0] > 0 or positions.numel() == 0
+    check.require(readable, _OP, "cos", "have a row for positions", tuple(cos.shape))
     # elsewhere it would wait for the device
     if positions.device.type != "cpu" or positions.numel() == 0 or torch.compiler.is_compiling():
         return
@@ -105,10 +107,35 @@ def _check_inplace(query: Tensor, key: Tensor) -> None:
         )
         rule = "have elements of its own in memory with inplace"
         check.require(not overlaps, _OP, argument, rule, f"strides {x.stride()}")
-    same = query is key or (
-        query.numel() > 0
-        and query.device.type != "meta"
-        and not torch.compiler.is_compiling()
-        and query.data_ptr() == key.data_ptr()
-    )
-    check.require(not same, _OP, "key", "be another tensor than query with inplace", "the same")
+    shared = query is key or (not torch.compiler.is_compiling() and _share_elements(query, key))
+    rule = "have no element in common with query with inplace"
+    check.require(not shared, _OP, "key", rule, "overlapping memory")
+
+
+def _share_elements(query: Tensor, key: Tensor) -> bool:
+    """Of views of one storage with the same strides, such as slices of a packed projection."""
+    alias: bool = torch._C._is_alias_of(query, key)  # type: ignore[attr-defined]
+    if query.dtype != key.dtype or not alias:
+        return False
+    if query.numel() == 0 or key.numel() == 0:
+        return False
+    dims = []
+    for q, k, step_q, step_k in zip(
+        query.shape, key.shape, query.stride(), key.stride(), strict=True
+    ):
+        if q > 1 and k > 1 and step_q != step_k:
+            return False
+        if q > 1 or k > 1:
+            dims.append((step_q if q > 1 else step_k, q, k))
+    distance = int(key.storage_offset() - query.storage_offset())
+    return _meet(distance, sorted(dims, reverse=True))
+
+
+def _meet(distance: int, dims: list[tuple[int, int, int]]) -> bool:
+    """Whether ``distance`` is a sum of (i_q - i_k) * step over (step, size_q, size_k) in dims."""
+    if not dims:
+        return distance == 0
+    (step, q, k), *rest = dims
+    # the smaller steps together reach less far than this one
+    nearest = (distance // step, distance // step + 1)
+    return any(-k < n < q and _meet(distance - n * step, rest) for n in nearest)

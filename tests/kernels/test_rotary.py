@@ -140,6 +140,10 @@ BAD = [
         {"positions": torch.zeros(9, dtype=torch.int64), "cos": random(2, 9, 8)},
         "cos must have 2 dimensions beside positions",
     ),
+    (
+        {"positions": torch.zeros(9, dtype=torch.int64), "cos": random(0, 8)},
+        "cos must have a row for positions",
+    ),
     ({"inplace": True}, "query must need no gradient with inplace"),
     (
         {"query": random(1, 1, 9, 16).expand(2, 5, 9, 16), "inplace": True},
@@ -157,8 +161,45 @@ def test_bad_input(change, message):
 
 def test_in_place_takes_two_tensors():
     x, angles = random(1, 2, 3, 8), random(3, 4)
-    with pytest.raises(ValueError, match="rotary: key must be another tensor than query"):
-        ops.rotary(x, x, angles, angles, inplace=True)
+    packed = random(1, 5, 3, 8)
+    for query, key in ((x, x), (packed[:, :3], packed[:, 2:]), (packed[:, :1], packed[:, :4])):
+        with pytest.raises(ValueError, match="rotary: key must have no element in common"):
+            ops.rotary(query, key, angles, angles, inplace=True)
+
+
+@pytest.mark.parametrize("layout", ["heads of a token", "tokens of a head", "features"])
+def test_in_place_takes_slices_of_a_packed_projection(layout):
+    if layout == "features":
+        query, key = random(2, 3, 9, 32).chunk(2, dim=-1)
+    else:
+        packed = random(2, 9, 7, 16).transpose(1, 2)
+        packed = packed if layout == "heads of a token" else packed.contiguous()
+        query, key = packed.split((5, 2), dim=1)
+    angles = random(9, 8)
+    expected = ops.rotary(query.clone(), key.clone(), angles, angles, impl="triton")
+    found = ops.rotary(query, key, angles, angles, inplace=True, impl="triton")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["triton", "native", "reference"])
+def test_in_place_is_seen_by_autograd(impl):
+    query, key, angles = random(1, 2, 3, 8), random(1, 2, 3, 8), random(3, 4)
+    loss = (query * random(8, requires_grad=True)).sum()
+    ops.rotary(query, key, angles, angles, inplace=True, impl=impl)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_in_place_compiles_in_one_graph():
+    torch._dynamo.reset()
+    tensors, _ = call(("positions",))
+    given = {n: t.detach().clone() for n, t in tensors.items()}
+    expected = ops.rotary(**given, impl="triton")
+    compiled = torch.compile(ops.rotary, fullgraph=True, backend="aot_eager")
+    compiled(**given, inplace=True, impl="triton")
+    assert torch.equal(given["query"], expected[0])
+    assert torch.equal(given["key"], expected[1])
 
 
 # as registered ops
