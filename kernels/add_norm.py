@@ -24,7 +24,6 @@ from .dropout import (
     MIN_BLOCK,
     TILE_PER_WARP,
     RowsLaunch,
-    contiguous,
     dropout_sum,
     gradients,
     load_rows,
@@ -35,7 +34,7 @@ from .dropout import (
 )
 from .launch import unless_forced
 from .philox import dropout_numbers
-from .runtime import DEVICES, architecture, launch, refusal, wide
+from .runtime import DEVICES, architecture, contiguous, launch, refusal, wide
 
 # wider rows do not fit registers; x and residual of two dtypes need more of them
 _MAX_BLOCK = 32768

@@ -25,7 +25,6 @@ from .dropout import (
     MIN_BLOCK,
     TILE_PER_WARP,
     RowsLaunch,
-    contiguous,
     drop,
     load_rows,
     row_count,
@@ -33,7 +32,7 @@ from .dropout import (
 )
 from .launch import unless_forced
 from .philox import dropout_numbers
-from .runtime import architecture, launch, programs, wide
+from .runtime import architecture, contiguous, launch, programs, wide
 
 # wider rows do not fit registers beside the sums
 _MAX_BLOCK = 8192

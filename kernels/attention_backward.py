@@ -121,7 +121,7 @@ def attention_backward_key(
             )  # fmt: skip
             weights = p
             if scores.dropout is not None:
-                keep = kept(scores.dropout, row_base + rows, first_column, BLOCK_N)
+                keep = kept(scores.dropout, row_base, rows, first_column, BLOCK_N)
                 weights = tl.where(keep, p, 0.0)
             dv = dot(weights.to(do.dtype), do, dv, PRECISION)
             dp = dot(v, tl.trans(do), None, PRECISION)

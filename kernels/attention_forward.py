@@ -84,7 +84,7 @@ def attention_forward(
             alpha = tl.exp2(m_i - m_safe)
             l_i = l_i * alpha + tl.sum(p, 1)
             if scores.dropout is not None:
-                keep = kept(scores.dropout, row_base + rows_, first_column, BLOCK_N)
+                keep = kept(scores.dropout, row_base, rows_, first_column, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
             v = load_rows(source_v, value, first_column, len_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV, TMA)
             acc = dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)

@@ -162,9 +162,9 @@ def transform(raw, rows, columns, len_q, len_k, shift, batch, head, scores):
     if scores.folds is None:
         raw = raw * scores.scale
         if scores.softcap is not None:
-            tanh = _tanh(raw / scores.softcap)
-            slope = 1.0 - tanh * tanh
-            raw = scores.softcap * tanh
+            capped = tanh(raw / scores.softcap)
+            slope = 1.0 - capped * capped
+            raw = scores.softcap * capped
         raw = raw * LOG2E
         if scores.biased is not None:
             bias = load_plane(scores.bias, rows, columns, len_q, len_k, batch, head)
@@ -176,7 +176,7 @@ def transform(raw, rows, columns, len_q, len_k, shift, batch, head, scores):
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """To fp32 accuracy also near 0, where 1 - 2 / (e^2x + 1) cancels: there its Taylor series."""
     square = x * x
     series = -1382.0 / 155925.0 * square + 62.0 / 2835.0
@@ -214,6 +214,6 @@ def probabilities(
 def score_gradients(p, dp, delta, rows, first_column, row_base, scores, N: tl.constexpr):
     """Gradient of a tile of scores, as a bias sees it; ``dp`` is d_out value^T, or transposed."""
     if scores.dropout is not None:
-        keep = kept(scores.dropout, row_base + rows, first_column, N)
+        keep = kept(scores.dropout, row_base, rows, first_column, N)
         dp = tl.where(keep, dp * scores.dropout.keep_scale, 0.0)
     return p * (dp - delta)

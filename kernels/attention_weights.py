@@ -102,7 +102,7 @@ def attention_weights(
                 len_q, len_k, shift, batch, head, scores, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             if scores.dropout is not None:
-                keep = kept(scores.dropout, row_base + r[:, None], first_column, BLOCK_N)
+                keep = kept(scores.dropout, row_base, r[:, None], first_column, BLOCK_N)
                 p = tl.where(keep, p * scores.dropout.keep_scale, 0.0)
             total += p
     pointers = weights_ptr + (wide(plane) * len_q + r[:, None]) * sequences.rows_k + c[None, :]

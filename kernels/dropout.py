@@ -17,18 +17,13 @@ from llmos_fast.library import differentiable
 
 from .launch import unless_forced
 from .philox import dropout_numbers, kept
-from .runtime import DEVICES, architecture, launch, refusal, wide
+from .runtime import DEVICES, architecture, contiguous, launch, refusal, wide
 
 # elements of a tile for each of its warps: 16 in a thread, which are loaded at once
 TILE_PER_WARP = 512
 # adjacent columns of a tile: fewer would not fill the 32 bytes that memory moves at least
 MIN_BLOCK = 16
 _MAX_BLOCK = 1024
-
-
-def contiguous(x: Tensor | None) -> Tensor | None:
-    """``x`` as the kernels read it: row after row."""
-    return None if x is None else x.contiguous()
 
 
 def row_count(x: Tensor) -> int:
@@ -71,7 +66,7 @@ def store_rows(x, value, r, c, rows, COLUMNS: tl.constexpr):
 def drop(value, dropout, r, first_column, BLOCK: tl.constexpr):
     """Dropout of a tile whose columns start at ``first_column``; None drops nothing."""
     if dropout is not None:
-        keep = kept(dropout, r, first_column, BLOCK)
+        keep = kept(dropout, 0, r, first_column, BLOCK)
         value = tl.where(keep, value * dropout.keep_scale, 0.0)
     return value
 

@@ -50,7 +50,7 @@ def drop(y, dropout, row, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Dropout of the tile [BLOCK_M, BLOCK_N] from (row, column) on."""
     if dropout is not None:
         rows = wide(row + tl.arange(0, BLOCK_M))[:, None]
-        y = tl.where(kept(dropout, rows, column, BLOCK_N), y * dropout.keep_scale, 0.0)
+        y = tl.where(kept(dropout, 0, rows, column, BLOCK_N), y * dropout.keep_scale, 0.0)
     return y
 
 

@@ -174,7 +174,7 @@ def _finish(
         keep = None
         if dropout is not None:
             rows = wide(m + tl.arange(0, BLOCK_M))[:, None]
-            keep = kept(dropout, rows, n, BLOCK_N)
+            keep = kept(dropout, 0, rows, n, BLOCK_N)
             d_hidden = tl.where(keep, d_hidden * dropout.keep_scale, 0.0)
         hidden = activated
         d_pre = d_hidden * derivative(pre, ACTIVATION)

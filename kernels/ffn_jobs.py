@@ -88,7 +88,7 @@ def _product_job(
 
     features_ = ("gated" * gated, "everything" * full, "" if aligned else "unaligned")
     name = _name("product", dtype, tiles(launch), *features_)
-    return Job(name, "product_tiles", run, partial(_rules, launch, dtype))
+    return Job(name, "product_tiles", run, partial(launch_rules, launch, dtype))
 
 
 def _small_job(rows: int, aligned: bool, dtype: torch.dtype, gated: bool) -> Job:
@@ -131,10 +131,12 @@ def _backward_job(
 
     features_ = ("gated" * gated, "again" * again, "everything" * full)
     name = _name("ffn_backward", dtype, tiles(launch), *features_, "" if aligned else "unaligned")
-    return Job(name, "ffn_backward_tiles", run, partial(_rules, launch, dtype))
+    return Job(name, "ffn_backward_tiles", run, partial(launch_rules, launch, dtype))
 
 
-def _rules(launch: ProductLaunch, dtype: torch.dtype, arch: int, code: Compiled) -> dict[str, bool]:
+def launch_rules(
+    launch: ProductLaunch, dtype: torch.dtype, arch: int, code: Compiled
+) -> dict[str, bool]:
     """What the launch promises: Hopper's products in 16 bits, and the copy engine."""
     wgmma = arch == 90 and dtype.itemsize == 2 and launch.BLOCK_M >= 64
     return {

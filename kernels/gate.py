@@ -12,10 +12,25 @@ from dataclasses import asdict
 
 import triton
 
-from . import attention_jobs, ptxas
+from . import (
+    add_norm_jobs,
+    attention_jobs,
+    ffn_jobs,
+    linear_cross_entropy_jobs,
+    ptxas,
+    quant_matmul_jobs,
+    rotary_jobs,
+)
 from .offline import SHARED_MEMORY, Job, compiled, faults
 
-FAMILIES = (attention_jobs,)
+FAMILIES = (
+    attention_jobs,
+    add_norm_jobs,
+    ffn_jobs,
+    linear_cross_entropy_jobs,
+    quant_matmul_jobs,
+    rotary_jobs,
+)
 
 
 def jobs(arch: int) -> list[Job]:

@@ -30,9 +30,10 @@ def dropout_numbers(seed: Tensor | None, p: float) -> Dropout | None:
 
 
 @triton.jit
-def kept(dropout, rows, first_column, COLUMNS: tl.constexpr):
-    """Bool tile: which elements dropout keeps; arguments as for ``random_bits``."""
-    bits = random_bits(tl.load(dropout.seed), rows, first_column, COLUMNS)
+def kept(dropout, row_base, rows, first_column, COLUMNS: tl.constexpr):
+    """Bool tile: which elements dropout keeps, of rows ``row_base + rows``; see ``random_bits``."""
+    seed = tl.load(dropout.seed)
+    bits = random_bits(seed, row_base + rows, first_column, COLUMNS)
     last = tl.cast(dropout.last_dropped, tl.int32).to(tl.uint32, bitcast=True) ^ 0x80000000
     return bits > last
 

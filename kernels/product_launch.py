@@ -1,4 +1,4 @@
-"""How the products of the feed-forward kernels are cut into tiles.
+"""How the products of feed-forward and loss kernels are cut into tiles.
 
 Launches stand from the largest tiles to the smallest; a call takes the first whose tiles are enough
 for every multiprocessor, else the last. The sizes are what compiles without spilling, in an order
@@ -114,6 +114,39 @@ TABLE: dict[str, dict[int, dict[int, dict[int, Launches]]]] = {
             },
         },
         0: {size: dict.fromkeys((1, 2, 3), _INTERPRETED) for size in (2, 4)},
+    },
+    "cross_entropy_forward": {
+        90: {
+            2: {1: _hopper((128, 256, 64, 8, 3, 64), (64, 128, 64, 4, 4, 64))},
+            4: {1: _hopper((64, 64, 32, 4, 3, 32))},
+        },
+        80: {
+            2: {1: _ampere((128, 128, 32, 8, 3, 64), (64, 64, 64, 4, 3, 32))},
+            4: {1: _ampere((64, 64, 32, 4, 3, 32))},
+        },
+        0: {size: {1: _INTERPRETED} for size in (2, 4)},
+    },
+    "cross_entropy_backward": {
+        90: {
+            2: {1: _hopper((128, 256, 64, 8, 3, 32), (128, 128, 64, 8, 4, 32))},
+            4: {1: _hopper((64, 64, 32, 4, 3, 32))},
+        },
+        80: {
+            2: {1: _ampere((128, 128, 32, 8, 3, 32), (64, 64, 64, 4, 3, 32))},
+            4: {1: _ampere((64, 64, 32, 4, 3, 32))},
+        },
+        0: {size: {1: _INTERPRETED} for size in (2, 4)},
+    },
+    "cross_entropy_hidden": {
+        90: {
+            2: {1: _hopper((128, 256, 64, 8, 3, 32), (128, 128, 64, 8, 4, 32))},
+            4: {1: _hopper((64, 64, 32, 4, 3, 32))},
+        },
+        80: {
+            2: {1: _ampere((128, 128, 32, 8, 3, 64), (64, 64, 64, 4, 3, 32))},
+            4: {1: _ampere((64, 64, 32, 4, 3, 32))},
+        },
+        0: {size: {1: _INTERPRETED} for size in (2, 4)},
     },
 }
 

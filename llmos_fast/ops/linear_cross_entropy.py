@@ -9,7 +9,7 @@ from llmos_fast.dispatch import implementations, select
 from llmos_fast.ops import check
 from llmos_fast.ops.linear import check_weight
 
-implementations("linear_cross_entropy", "native")
+implementations("linear_cross_entropy", "native", "triton")
 
 _OP = "linear_cross_entropy"
 

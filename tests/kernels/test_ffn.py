@@ -154,9 +154,19 @@ def test_any_strides(op, rows):
         else random(2 * t.shape[0])[::2]
         for name, t in call(op, rows).items()
     }
+    assert not any(t.is_contiguous() for t in tensors.values())
     tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+    plain = {n: t.detach().contiguous().requires_grad_() for n, t in tensors.items()}
+    wide = {n: t.detach().double().contiguous().requires_grad_() for n, t in tensors.items()}
+    eager, truth = (outputs_and_gradients(getattr(reference, op), t, {}) for t in (plain, wide))
     for recompute in (False, True):
-        check(op, tensors, recompute=recompute)
+        options = {"recompute": recompute, "impl": "triton"}
+        out, gradients = outputs_and_gradients(getattr(ops, op), tensors, options)
+        assert_close_to_truth(out[0], eager[0][0], truth[0][0], reduction=2 * 70)
+        for name, gradient in gradients.items():
+            assert_close_to_truth(
+                gradient, eager[1][name], truth[1][name], reduction=2 * 70, name=name
+            )
 
 
 @pytest.mark.parametrize("op", OPS)
