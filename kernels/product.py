@@ -116,7 +116,7 @@ def product(
     (m_size, k_size), n_size = left.shape, right.shape[0]
     out = left.new_empty(m_size, n_size)
     weights = [right] if right_up is None else [right, right_up]
-    config = choose_product("product", left, n_size, len(weights), all_fit_tma(left, *weights))
+    config = choose_product("product", left, n_size, len(weights), all_fit_tma(out, left, *weights))
     launch(
         product_tiles,
         (programs(left.device, config.tiles(m_size, n_size)),),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmos_fast.kernels import small_product
+from llmos_fast.kernels import product, small_product
 from llmos_fast.kernels.launch import forced
 from llmos_fast.kernels.product_launch import ProductLaunch
 from llmos_fast.kernels.small_product import SmallLaunch
@@ -105,6 +105,22 @@ def test_any_tiling(op, launch, recompute):
         # columns of whole 16 bytes: what TMA needs
         tensors = call(op, rows=100, features=40, hidden=72, out=24, dtype=torch.bfloat16)
         check(op, tensors, dropout_p=0.3, recompute=recompute)
+
+
+def test_tma_writes_no_rows_that_begin_within_16_bytes(monkeypatch):
+    used = []
+    launch = product.launch
+
+    def note(*arguments, **options):
+        used.append((options["n_size"], options["TMA"]))
+        launch(*arguments, **options)
+
+    monkeypatch.setattr(product, "launch", note)
+    with forced(product=TILINGS[2]):
+        check("ffn", call("ffn", 100, features=40, hidden=72, out=21))
+    assert (72, True) in used
+    assert (21, False) in used
+    assert (21, True) not in used
 
 
 @pytest.mark.parametrize("op", OPS)
