@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmos_fast import dispatch
 
@@ -150,6 +151,23 @@ def native_precision() -> Iterator[None]:
         yield
     finally:
         precision.UPCAST = previous
+
+
+@contextmanager
+def registered_calls() -> Iterator[dict[str, tuple[Any, tuple[Any, ...]]]]:
+    """Inside, every registered op of ours is noted at its first call: name -> (op, arguments)."""
+    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if function.namespace == "llmos_fast":
+                calls.setdefault(function.name(), (function, args))
+            return function(*args, **(kwargs or {}))
+
+    with Record():  # type: ignore[no-untyped-call]
+        yield calls
 
 
 def implementations_of(op: str) -> list[str]:

@@ -17,6 +17,7 @@ from llmos_fast.testing import (
     assert_within_budget,
     outputs_and_gradients,
     random,
+    registered_calls,
 )
 
 # by name: what changes in a call of all tensors, LayerNorm and one dtype
@@ -267,17 +268,7 @@ def case(op, dtype=torch.float32):
 
 def recorded(function, tensors, options):
     """Every registered op that a call and its gradients reach, with its arguments."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    calls = {}
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "llmos_fast":
-                calls.setdefault(function.name(), (function, args))
-            return function(*args, **(kwargs or {}))
-
-    with Record():
+    with registered_calls() as calls:
         outputs_and_gradients(function, tensors, options | {"impl": "triton"})
     return calls
 

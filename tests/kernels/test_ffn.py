@@ -18,6 +18,7 @@ from llmos_fast.testing import (
     assert_within_budget,
     outputs_and_gradients,
     random,
+    registered_calls,
 )
 
 OPS = ("ffn", "gated_ffn")
@@ -273,18 +274,8 @@ def test_nan_is_not_swallowed(op):
 
 def recorded(op, recompute):
     """Every registered op that a call and its gradients reach, with its arguments."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    calls = {}
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "llmos_fast":
-                calls[function.name()] = (function, args)
-            return function(*args, **(kwargs or {}))
-
     options = {"dropout_p": 0.25, "recompute": recompute, "impl": "triton"}
-    with Record():
+    with registered_calls() as calls:
         outputs_and_gradients(getattr(ops, op), call(op, 9, 6, 8, 4), options)
     return calls
 

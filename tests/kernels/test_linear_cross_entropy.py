@@ -13,7 +13,6 @@ from llmos_fast.kernels import linear_cross_entropy_forward as forward
 from llmos_fast.kernels.launch import forced
 from llmos_fast.kernels.product_launch import ProductLaunch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmos_fast import ops, reference
 from llmos_fast.testing import (
@@ -21,6 +20,7 @@ from llmos_fast.testing import (
     assert_within_budget,
     outputs_and_gradients,
     random,
+    registered_calls,
 )
 
 
@@ -326,16 +326,8 @@ ALL = {"label_smoothing": 0.1, "z_loss": 0.05, "softcap": 4.0, "impl": "triton"}
 
 def recorded(reduction):
     """Every registered op that a call and its gradients reach, with its arguments."""
-    calls = {}
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "llmos_fast":
-                calls[function.name()] = (function, args)
-            return function(*args, **(kwargs or {}))
-
     tensors = call(9, 6, 20)
-    with Record():
+    with registered_calls() as calls:
         outputs_and_gradients(ops.linear_cross_entropy, tensors, ALL | {"reduction": reduction})
     return calls
 

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from llmos_fast import explain, ops, reference
-from llmos_fast.testing import assert_close_to_truth, outputs_and_gradients, random
+from llmos_fast.testing import (
+    assert_close_to_truth,
+    outputs_and_gradients,
+    random,
+    registered_calls,
+)
 
 
 def dense(dtype=torch.float32):
@@ -28,17 +33,7 @@ def packed(dtype=torch.float32):
 
 def recorded(tensors, options):
     """Every registered op that a call and its gradients reach, with its arguments."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    calls = {}
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "llmos_fast":
-                calls[function.name()] = (function, args)
-            return function(*args, **(kwargs or {}))
-
-    with Record():
+    with registered_calls() as calls:
         outputs_and_gradients(ops.attention, tensors, options)
     return calls
 

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from llmos_fast import explain, ops, reference
-from llmos_fast.testing import assert_close_to_truth, outputs_and_gradients, random
+from llmos_fast.testing import (
+    assert_close_to_truth,
+    outputs_and_gradients,
+    random,
+    registered_calls,
+)
 
 GRAD = {"requires_grad": True}
 
@@ -242,20 +247,10 @@ def test_same_seed_same_bits_and_thread_count_does_not_matter(op):
 
 def _registered_calls():
     """Every registered op with arguments for it, recorded from real calls."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    calls = {}
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "llmos_fast":
-                calls.setdefault(function.name(), (function, args))
-            return function(*args, **(kwargs or {}))
-
-    for op in OPS:
-        tensors, options = _case(op)
-        for extra in ({"reduction": "none"}, {}) if op == "linear_cross_entropy" else ({},):
-            with Record():
+    with registered_calls() as calls:
+        for op in OPS:
+            tensors, options = _case(op)
+            for extra in ({"reduction": "none"}, {}) if op == "linear_cross_entropy" else ({},):
                 outputs_and_gradients(
                     getattr(ops, op), tensors, options | extra | {"impl": "native"}
                 )
