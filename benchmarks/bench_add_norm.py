@@ -6,14 +6,15 @@ bytes that have to move: forward reads x and residual and writes norm and total;
 total and the gradients of both results and writes one gradient, two where dropout tells them apart.
 """
 
-from functools import cache
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from llmos_fast import ops, reference
 from llmos_fast.testing import assert_within_budget, random
+
+from .cuda import compiled
+from .marks import lenient, needs_gpu
 
 SHAPES = [(128, 128), (1024, 256), (1024, 768), (2048, 4096)]  # rows, features
 GPU_SHAPES = [
@@ -28,10 +29,6 @@ GPU_SHAPES = [
 ]
 DEVICE = "cuda"
 ROUNDS = 20
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: not run")
-# peers may warn about themselves
-lenient = pytest.mark.filterwarnings("default")
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
@@ -99,12 +96,6 @@ def eager_add_norm(x, residual, weight, bias, kind, dropout_p):
     if kind == "layer":
         return F.layer_norm(total, total.shape[-1:], weight, bias), total
     return F.rms_norm(total, total.shape[-1:], weight, 1e-5), total
-
-
-@cache
-def compiled(function):
-    """``function`` by Inductor, for the shapes it meets."""
-    return torch.compile(function, dynamic=False)
 
 
 def liger_add_norm(x, residual, weight, bias, kind, dropout_p):

@@ -21,6 +21,7 @@ from llmos_fast.testing import assert_within_budget, random
 from . import attention_cases
 from .attention_calls import Call, call_of, check_last_rows, compare_results, make_call
 from .attention_cases import CASES, DEVICE, PACKED, TOKENS, Feature, ragged
+from .marks import lenient, needs_gpu
 
 SHAPES = [  # batch, heads, seq, head_dim, causal
     (2, 4, 32, 32, True),
@@ -31,10 +32,6 @@ SHAPES = [  # batch, heads, seq, head_dim, causal
 ]
 DIRECTIONS = ["forward", "forward_backward"]
 ROUNDS = 20
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: not run")
-# peers may warn about themselves
-lenient = pytest.mark.filterwarnings("default")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

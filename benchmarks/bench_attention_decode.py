@@ -20,16 +20,13 @@ from llmos_fast import ops, reference
 from llmos_fast.testing import assert_close_to_truth, native_precision
 
 from .attention_cases import DEVICE, Feature, flex
+from .marks import lenient, needs_gpu
 
 PAGE_SIZE = 64
 WINDOW = 1024
 ROUNDS = 30
 # flex_attention takes seconds to compile for each shape
 FLEX_LENGTH = 16384
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: not run")
-# peers may warn about themselves
-lenient = pytest.mark.filterwarnings("default")
 
 
 class Case(NamedTuple):

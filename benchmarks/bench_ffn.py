@@ -4,8 +4,6 @@ On a GPU also beside cuBLASLt's own epilogue, which has bias with ReLU or the ta
 Liger-Kernel, which fuses the gate; and apart, as a baseline, the bare products by cuBLAS.
 """
 
-from functools import cache
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +11,12 @@ import torch.nn.functional as F
 from llmos_fast import ops, reference
 from llmos_fast.testing import assert_within_budget, random
 
+from .cuda import compiled
+from .marks import lenient, needs_gpu
+
 DEVICE = "cuda"
+# Inductor may take its time to find the best kernels
+MODE = "max-autotune-no-cudagraphs"
 GPU_SHAPES = [  # rows, features, hidden
     (1, 4096, 11008),
     (16, 4096, 11008),
@@ -25,9 +28,6 @@ GPU_SHAPES = [  # rows, features, hidden
     (4096, 8192, 22016),
 ]
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: not run")
-# peers may warn about themselves
-lenient = pytest.mark.filterwarnings("default")
 
 SHAPES = [(64, 128, 512), (1024, 256, 1024), (1024, 768, 3072)]  # rows, features, hidden
 
@@ -116,12 +116,6 @@ def bench_gated_ffn(compare, step, smoke, shape, dtype):
     )
 
 
-@cache
-def compiled(function):
-    """``function`` by Inductor, which may take its time to find the best kernels."""
-    return torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs")
-
-
 def eager_gelu_tanh(x, w1, b1, w2, b2):
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
 
@@ -170,7 +164,11 @@ def bench_ffn_gpu(compare, smoke, op, shape, dtype, direction):
             leaf(*down, scale=hidden**-0.5), leaf(features),
         )  # fmt: skip
         activation, eager, bare = "gelu_tanh", eager_gelu_tanh, bare_products
-        peers = {"eager": eager, "compile": compiled(eager), "cublaslt": cublas_epilogue}
+        peers = {
+            "eager": eager,
+            "compile": compiled(eager, MODE),
+            "cublaslt": cublas_epilogue,
+        }
     else:
         names, products = ("w_gate", "w_up", "w_down"), 3
         rest = (
@@ -178,7 +176,11 @@ def bench_ffn_gpu(compare, smoke, op, shape, dtype, direction):
             leaf(*down, scale=hidden**-0.5),
         )  # fmt: skip
         activation, eager, bare = "silu", eager_gated, bare_gated_products
-        peers = {"eager": eager, "compile": compiled(eager), "liger": liger_gated}
+        peers = {
+            "eager": eager,
+            "compile": compiled(eager, MODE),
+            "liger": liger_gated,
+        }
     options = {"activation": activation, "recompute": direction == "recompute", "impl": "triton"}
     function = getattr(ops, op)
 

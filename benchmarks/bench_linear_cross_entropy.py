@@ -5,7 +5,7 @@ counted as the three products that a loss and its gradients need, forward alone 
 implementation computes twice is its own affair.
 """
 
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
@@ -14,25 +14,18 @@ import torch.nn.functional as F
 from llmos_fast import ops, reference
 from llmos_fast.testing import assert_within_budget, random
 
+from .cuda import compiled
+from .marks import lenient, needs_gpu
+
 # rows, classes, features: a small and a large language model
 SHAPES = [(8192, 50257, 768), (4096, 128256, 4096)]
 SMALL = (64, 1000, 64)
 DEVICE = "cuda"
 ROUNDS = 20
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: not run")
-# peers may warn about themselves
-lenient = pytest.mark.filterwarnings("default")
-
 
 def eager_loss(hidden, weight, target):
     return F.cross_entropy(F.linear(hidden, weight), target)
-
-
-@cache
-def compiled_loss():
-    """``eager_loss`` by Inductor, for the shapes it meets."""
-    return torch.compile(eager_loss, dynamic=False)
 
 
 def liger_loss(hidden, weight, target):
@@ -101,7 +94,7 @@ def bench_cross_entropy_gpu(compare, step, smoke, shape, dtype, direction):
         runner(partial(ops.linear_cross_entropy, impl="triton")),
         {
             "eager": runner(eager_loss),
-            "compile": runner(compiled_loss()),
+            "compile": runner(compiled(eager_loss)),
             "liger": runner(liger_loss),
         },
         check=lambda: check_few_rows(call, train, "triton"),

@@ -3,20 +3,17 @@
 On a GPU it stands beside eager PyTorch, torch.compile and Liger-Kernel, which has the halves form.
 """
 
-from functools import cache
-
 import pytest
 import torch
 
 from llmos_fast import ops, reference
 from llmos_fast.testing import assert_within_budget, random
 
+from .cuda import compiled
+from .marks import lenient, needs_gpu
+
 DEVICE = "cuda"
 GPU_SHAPES = [(8, 32, 8, 4096, 128), (4, 12, 12, 1024, 64), (64, 32, 8, 1, 128)]  # B, Hq, Hk, T, D
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: not run")
-# peers may warn about themselves
-lenient = pytest.mark.filterwarnings("default")
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
@@ -53,12 +50,6 @@ def eager_rotary(query, key, cos, sin):
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
     return turn(query), turn(key)
-
-
-@cache
-def compiled(function):
-    """``function`` by Inductor, for the shapes it meets."""
-    return torch.compile(function, dynamic=False)
 
 
 def liger_rotary(query, key, cos, sin):

@@ -14,6 +14,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +84,12 @@ def refusal(run: Run) -> str | None:
             told = [*(str(w.message) for w in caught), f"{type(error).__name__}: {error}"]
             return "; ".join(dict.fromkeys(" ".join(t.split())[:_REASON] for t in told))
     return None
+
+
+@cache
+def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+    """``function`` by Inductor, for the shapes it meets; once, whoever asks."""
+    return torch.compile(function, dynamic=False, mode=mode)
 
 
 def state() -> dict[str, float]:
