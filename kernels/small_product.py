@@ -129,14 +129,13 @@ def choose_small(x: Tensor, gated: bool, aligned: bool) -> SmallLaunch:
     """The launch for the rows of ``x`` [m k]; ``aligned``: all rows begin at 16 bytes."""
     block_m = 16 if x.shape[0] <= 16 else 32 if x.shape[0] <= 32 else 64
     if architecture(x.device) == 0:
-        return unless_forced("small_product", SmallLaunch(block_m, 16, 32, 4, 1))
+        return SmallLaunch(block_m, 16, 32, 4, 1)
     if x.element_size() == 4:
-        block_k = 16 if not aligned else 32 if gated else 64
-        return unless_forced("small_product", SmallLaunch(block_m, 32, block_k, 4, 3))
+        return SmallLaunch(block_m, 32, 16 if not aligned else 32 if gated else 64, 4, 3)
     if not aligned:
-        return unless_forced("small_product", SmallLaunch(block_m, 32, 32, 4, 2))
+        return SmallLaunch(block_m, 32, 32, 4, 2)
     block_k = 256 if block_m == 16 and not gated else 64 if block_m == 32 and gated else 128
-    return unless_forced("small_product", SmallLaunch(block_m, 32, block_k, 4, 4))
+    return SmallLaunch(block_m, 32, block_k, 4, 4)
 
 
 def small_product(
@@ -150,7 +149,8 @@ def small_product(
     (m_size, k_size), n_size = left.shape, right.shape[0]
     out = left.new_empty(m_size, n_size)
     weights = [right] if right_up is None else [right, right_up]
-    config = choose_small(left, right_up is not None, all_fit_tma(left, *weights))
+    aligned = all_fit_tma(left, *weights)
+    config = unless_forced("small_product", choose_small(left, right_up is not None, aligned))
     n_tiles, m_tiles = triton.cdiv(n_size, config.BLOCK_N), triton.cdiv(m_size, config.BLOCK_M)
     tiles = n_tiles * m_tiles
     blocks = triton.cdiv(k_size, config.BLOCK_K)
