@@ -1,6 +1,7 @@
 """Turn the JSON of a benchmark run into a Markdown table and a plot.
 
 python -m benchmarks.report benchmarks/results/FILE.json             # the table, to stdout
+python -m benchmarks.report benchmarks/results/FILE.json --engines    # not only the fastest peer
 python -m benchmarks.report benchmarks/results/FILE.json --plot speedup.png
 """
 
@@ -65,6 +66,33 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def engines(entries: list[dict[str, Any]]) -> str:
+    """A table for every weight: milliseconds of all engines for M rows, and their errors."""
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        if "case" in entry["extra_info"]:
+            cases.setdefault(entry["extra_info"]["case"], []).append(entry)
+    lines = []
+    for case, columns in cases.items():
+        infos = [column["extra_info"] for column in columns]
+        times = [
+            {"ours": 1e3 * column["stats"]["median"]} | column["extra_info"]["peers_ms"]
+            for column in columns
+        ]
+        errors = {name: e for info in infos for name, e in info["relative_error"].items()}
+        heads = [f"M={info['rows']}" for info in infos]
+        lines += ["", f"| {case}, ms | {' | '.join(heads)} | relative error |"]
+        lines += ["|---|" + "---:|" * (len(heads) + 1)]
+        for name, error in errors.items():
+            cells = [f"{column[name]:.4f}" if name in column else "" for column in times]
+            lines.append(f"| {name} | {' | '.join(cells)} | {error:.1e} |")
+        shares = [f"{100 * info['share_of_limit']:.0f} %" for info in infos]
+        lines.append(f"| ours, of the machine's limit | {' | '.join(shares)} | |")
+        left_out = {name: why for info in infos for name, why in info["left_out"].items()}
+        lines += ["", *(f"left out: {name} ({why})" for name, why in left_out.items())]
+    return "\n".join(lines)
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
     """Bars of the speed-up over the fastest peer, one per case. Needs the ``[plot]`` extra."""
     try:
@@ -86,10 +114,13 @@ def main() -> None:
     """Read the arguments, print the table, draw where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("json", type=Path)
+    parser.add_argument("--engines", action="store_true", help="also all engines where many are")
     parser.add_argument("--plot", type=Path, help="also draw the ratios to this PNG")
     arguments = parser.parse_args()
     report = read(arguments.json)
     print(markdown(report))
+    if arguments.engines:
+        print(engines(report["benchmarks"]))
     if arguments.plot:
         plot(report, arguments.plot)
 

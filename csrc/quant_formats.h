@@ -1,9 +1,10 @@
 // The weight formats of llmos_fast/quantize.py, as seen by CPU and GPU code.
 //
-// A weight (n, k) is stored row by row. 8-bit formats: one byte per weight. 4-bit formats: rows of
-// ceil(k / 2) bytes, weight 2j in the low nibble of byte j, weight 2j + 1 in the high one. A group
-// is group_size consecutive weights of a row; the last one may be short. Row n has
-// groups = ceil(k / group_size) scales, at scales[n * groups + g], and zero points alike.
+// A weight (n, k) lies in panels of 16 rows, filled up with zeros: word w of a panel is 64 bytes,
+// four of each row. 8 bits: byte j of a row's word is the code of k = 4 w + j. 4 bits: it holds
+// k = 8 w + j in the low nibble and k = 8 w + 4 + j in the high one. A group is group_size
+// consecutive weights of a row; the last one may be short. Scales and zero points lie in panels too:
+// [panel][group][16 rows]. fp8 lies in rows instead, with one scale per row.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +19,8 @@ namespace llmos {
 
 enum class WeightFormat : int { kInt8 = 0, kInt4 = 1, kInt4Asym = 2, kNf4 = 3, kFp8 = 4 };
 
+constexpr int kPanel = 16;  // rows
+
 struct WeightShape {
   int64_t n;
   int64_t k;
@@ -30,8 +33,14 @@ LLMOS_HOST_DEVICE constexpr bool is_4bit(WeightFormat format) {
          format == WeightFormat::kNf4;
 }
 
-LLMOS_HOST_DEVICE inline int64_t row_bytes(const WeightShape& s) {
-  return is_4bit(s.format) ? (s.k + 1) / 2 : s.k;
+// Weights of a row that one word of a panel holds.
+LLMOS_HOST_DEVICE constexpr int per_word(WeightFormat format) { return is_4bit(format) ? 8 : 4; }
+
+// Where the code of weight i begins in a word of 4-bit weights.
+LLMOS_HOST_DEVICE constexpr int nibble_shift(int i) { return i % 4 * 8 + i / 4 * 4; }
+
+LLMOS_HOST_DEVICE inline int64_t words(const WeightShape& s) {
+  return (s.k + per_word(s.format) - 1) / per_word(s.format);
 }
 
 LLMOS_HOST_DEVICE inline int64_t groups(const WeightShape& s) {
@@ -39,15 +48,17 @@ LLMOS_HOST_DEVICE inline int64_t groups(const WeightShape& s) {
 }
 
 LLMOS_HOST_DEVICE inline int64_t scale_index(const WeightShape& s, int64_t row, int64_t column) {
-  return row * groups(s) + column / s.group_size;
+  return (row / kPanel * groups(s) + column / s.group_size) * kPanel + row % kPanel;
 }
 
 // The stored code of weight (row, column): a nibble or a byte.
 LLMOS_HOST_DEVICE inline int code_at(const WeightShape& s, const uint8_t* packed, int64_t row,
                                      int64_t column) {
-  const uint8_t* bytes = packed + row * row_bytes(s);
-  if (!is_4bit(s.format)) return bytes[column];
-  return (bytes[column / 2] >> (4 * (column % 2))) & 0xf;
+  if (s.format == WeightFormat::kFp8) return packed[row * s.k + column];
+  const int64_t word = column / per_word(s.format), i = column % per_word(s.format);
+  const int64_t first = ((row / kPanel * words(s) + word) * kPanel + row % kPanel) * 4;
+  const int byte = packed[first + i % 4];
+  return is_4bit(s.format) ? (byte >> (i / 4 * 4)) & 0xf : byte;
 }
 
 // Quantiles of the normal distribution, scaled to [-1, 1] (QLoRA, appendix E).
@@ -86,7 +97,7 @@ LLMOS_HOST_DEVICE inline float fp8_value(int code) {
 LLMOS_HOST_DEVICE inline float level_of(WeightFormat format, int code, int zero) {
   switch (format) {
     case WeightFormat::kInt8:
-      return static_cast<float>(static_cast<int8_t>(code));
+      return static_cast<float>(code - 128);
     case WeightFormat::kInt4:
       return static_cast<float>(code - 8);
     case WeightFormat::kInt4Asym:

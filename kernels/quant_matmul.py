@@ -18,11 +18,19 @@ from .runtime import DEVICES, INTERPRETED, architecture, contiguous, refusal
 
 
 def unsupported(
-    *, x: Tensor, qweight: QuantizedWeight, bias: Tensor | None, activation: str | None
+    *,
+    x: Tensor,
+    qweight: QuantizedWeight,
+    bias: Tensor | None,
+    activation: str | None,
+    gated: bool,
+    residual: Tensor | None,
 ) -> str | None:
     """Needs an fp8 weight, tensors without gradient, and a GPU that knows fp8."""
     if format_of(qweight.scheme) != "fp8":
         return f"takes fp8 weights, got {qweight.scheme}"
+    if residual is not None:
+        return "adds no residual, got one"
     if (reason := refusal(x, bias)) is not None:
         return reason
     if needs_gradients((x, bias)):
@@ -33,7 +41,13 @@ def unsupported(
 
 
 def forward(
-    *, x: Tensor, qweight: QuantizedWeight, bias: Tensor | None, activation: str | None
+    *,
+    x: Tensor,
+    qweight: QuantizedWeight,
+    bias: Tensor | None,
+    activation: str | None,
+    gated: bool,
+    residual: Tensor | None,
 ) -> Tensor:
     """See llmos_fast.ops.quant_matmul."""
     rows = flat(x)

@@ -8,52 +8,47 @@ A scheme is a format, and how activations enter the product:
 
 A weight W of shape (N, K), as in torch.nn.Linear, is stored as ``scale * level(code)``:
 
-    format      code                         level            scale
-    int8        int8, -127..127              code             amax / 127, row
-    int4        nibble, 0..15                code - 8         amax / 7.5, group
-    int4_asym   nibble, 0..15                code - zero      (max(w, 0) - min(w, 0)) / 15, group
-    nf4         nibble, 0..15                NF4_LEVELS[code] amax, group
-    fp8         byte, e4m3 (finite)          its value        amax / 448, row
+    format      code                  level               scale
+    int8        byte, 1..255          code - 128          fp32, of a row
+    int4        nibble, 0..15         code - 8            bf16, of a group, of either sign
+    int4_asym   nibble, 0..15         code - zero         bf16, of a group
+    nf4         nibble, 0..15         NF4_LEVELS[code]    bf16, of a group
+    fp8         byte, e4m3 (finite)   its value           fp32, of a row
 
 A group is ``group_size`` consecutive weights of a row; the last group of a row may be short.
-``packed`` is (N, K) int8 or uint8 for the 8-bit formats, and (N, ceil(K / 2)) uint8 for the 4-bit
-ones: byte j of a row holds the code of k = 2j in its low nibble and of k = 2j + 1 in its high one
-(0 where 2j + 1 = K). ``scales`` is fp32 (N, groups), ``zero_points`` uint8 (N, groups), 0..15.
-The layout is the same on every device; kernels rearrange tiles of it as they read.
+``llmos_fast.rounding`` says how scales and codes are chosen.
 
-Sources: absmax rounding as in LLM.int8() (arXiv 2208.07339); NF4 from QLoRA (arXiv 2305.14314).
+Integer and nf4 weights lie in panels of 16 rows, the last one filled up with zeros, so that one
+vector register holds the same k of 16 rows and a product reads memory from front to back:
+
+    packed       uint8 (N / 16, words, 16, 4)   a word is four bytes of one row:
+                 8 bits: byte j of word w is the code of k = 4 w + j
+                 4 bits: byte j of word w holds k = 8 w + j low, k = 8 w + 4 + j high
+    scales       (N / 16, groups, 16)
+    zero_points  uint8 (N / 16, groups, 16), 0..15; int4_asym only
+
+fp8 is read by GPUs, in rows: ``packed`` is uint8 (N, K), ``scales`` (N, 1). These layouts are the
+same on every device and in every file.
+
+Source: NF4 from QLoRA (arXiv 2305.14314).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-FORMATS = ("int8", "int4", "int4_asym", "nf4", "fp8")
+from llmos_fast.formats import FORMATS as FORMATS
+from llmos_fast.formats import FOUR_BIT as FOUR_BIT
+from llmos_fast.formats import NF4_LEVELS as NF4_LEVELS
+from llmos_fast.formats import levels_of_codes, scale_dtype
+from llmos_fast.rounding import METHODS, choose_scales, encode
+
 SCHEMES = tuple(f"{name}{suffix}" for name in FORMATS for suffix in ("", "_a16"))
 GROUP_SIZES = (32, 64, 128)
-FOUR_BIT = ("int4", "int4_asym", "nf4")
-FP8_MAX = 448.0
-NF4_LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+PANEL = 16
 
 
 def format_of(scheme: str) -> str:
@@ -82,6 +77,26 @@ class QuantizedWeight:
     group_size: int
     shape: tuple[int, int]
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for parts that do not fit together: kernels get bare addresses."""
+        name = format_of(self.scheme)
+        sizes = GROUP_SIZES if name in FOUR_BIT else self.shape[1:]
+        if self.group_size not in sizes:
+            rule = "be 32, 64 or 128" if name in FOUR_BIT else f"be {sizes[0]} (whole rows)"
+            raise _error("group_size", f"{rule} for {name}", self.group_size)
+        if (self.zero_points is None) != (name != "int4_asym"):
+            got = "none" if self.zero_points is None else "a tensor"
+            raise _error("zero_points", "be given for int4_asym, and only for it", got)
+        expected = shapes(self.scheme, self.shape, self.group_size)
+        dtypes = {"scales": scale_dtype(name)}
+        for part, tensor in self.tensors().items():
+            shape, dtype = expected[part], dtypes.get(part, torch.uint8)
+            if tensor.shape != shape or tensor.dtype != dtype or tensor.device != self.device:
+                got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+                raise _error(part, f"be {dtype} {shape} on {self.device}", got)
+            if not tensor.is_contiguous():
+                raise _error(part, "be contiguous", f"strides {tensor.stride()}")
+
     @property
     def device(self) -> torch.device:
         """Where the packed weight is."""
@@ -99,15 +114,9 @@ class QuantizedWeight:
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on another device."""
-        zero_points = None if self.zero_points is None else self.zero_points.to(device)
-        return QuantizedWeight(
-            self.packed.to(device),
-            self.scales.to(device),
-            zero_points,
-            self.scheme,
-            self.group_size,
-            self.shape,
-        )
+        zeros = None if self.zero_points is None else self.zero_points.to(device)
+        packed, scales = self.packed.to(device), self.scales.to(device)
+        return replace(self, packed=packed, scales=scales, zero_points=zeros)
 
     def check_values(self) -> None:
         """Raise ValueError for scales that are not finite: for weights that came from a file."""
@@ -115,17 +124,27 @@ class QuantizedWeight:
         if bad:
             raise ValueError(f"QuantizedWeight: scales must be finite, got {bad} of inf or NaN")
 
-    def rows(self, start: int, stop: int) -> QuantizedWeight:
-        """Output features ``start`` to ``stop`` (exclusive) as views: rows stand alone."""
-        zero_points = None if self.zero_points is None else self.zero_points[start:stop]
-        packed, scales = self.packed[start:stop], self.scales[start:stop]
-        shape = (packed.shape[0], self.shape[1])
-        return QuantizedWeight(packed, scales, zero_points, self.scheme, self.group_size, shape)
+    def codes(self) -> Tensor:
+        """uint8 (N, K): the stored code of every weight."""
+        name = format_of(self.scheme)
+        return self.packed if name == "fp8" else unpack(self.packed, self.shape, _bits(name))
+
+    def row_scales(self) -> Tensor:
+        """fp32 (N, groups)."""
+        return _from_panels(self.scales, self.shape[0]).float()
+
+    def row_zero_points(self) -> Tensor | None:
+        """uint8 (N, groups), or None where the format has none."""
+        return None if self.zero_points is None else _from_panels(self.zero_points, self.shape[0])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, K) in ``dtype``: scale * level in fp32 (fp64 for fp64), rounded once."""
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        return (levels(self, compute) * _spread(self.scales.to(compute), self)).to(dtype)
+        return (levels(self, compute) * _spread(self.row_scales().to(compute), self)).to(dtype)
+
+
+def _error(part: str, rule: str, got: object) -> ValueError:
+    return ValueError(f"QuantizedWeight: {part} must {rule}, got {got}")
 
 
 def empty(
@@ -133,33 +152,41 @@ def empty(
 ) -> QuantizedWeight:
     """A weight whose codes and scales are all 0, to be filled from a state_dict."""
     name = format_of(scheme)
+    _check_group_size(group_size)
     n, k = shape
-    four_bit = name in FOUR_BIT
-    group = group_size if four_bit else k
-    groups = -(-k // group)
-    columns = (k + 1) // 2 if four_bit else k
-    packed_dtype = torch.int8 if name == "int8" else torch.uint8
-    packed = torch.zeros(n, columns, dtype=packed_dtype, device=device)
-    scales = torch.zeros(n, groups, device=device)
-    zeros = torch.zeros(n, groups, dtype=torch.uint8, device=device)
-    zero_points = zeros if name == "int4_asym" else None
-    return QuantizedWeight(packed, scales, zero_points, scheme, group, shape)
+    group = group_size if name in FOUR_BIT else k
+    part_shapes = shapes(scheme, shape, group)
+    zero_points = None
+    if name == "int4_asym":
+        zero_points = torch.zeros(part_shapes["zero_points"], dtype=torch.uint8, device=device)
+    packed = torch.zeros(part_shapes["packed"], dtype=torch.uint8, device=device)
+    scales = torch.zeros(part_shapes["scales"], dtype=scale_dtype(name), device=device)
+    return QuantizedWeight(packed, scales, zero_points, scheme, group, (n, k))
+
+
+def shapes(scheme: str, shape: tuple[int, int], group_size: int) -> dict[str, tuple[int, ...]]:
+    """Of the stored tensors of an (N, K) weight."""
+    name = format_of(scheme)
+    n, k = shape
+    groups = -(-k // group_size)
+    if name == "fp8":
+        return {"packed": (n, k), "scales": (n, groups)}
+    panels = -(-n // PANEL)
+    per_group = (panels, groups, PANEL)
+    words = -(-k // (32 // _bits(name)))
+    return {"packed": (panels, words, PANEL, 4), "scales": per_group, "zero_points": per_group}
 
 
 def levels(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """(N, K) in ``dtype``: what the codes stand for, before the scales."""
     name = format_of(weight.scheme)
-    if name == "fp8":
-        return weight.packed.view(torch.float8_e4m3fn).to(dtype)
-    if name == "int8":
-        return weight.packed.to(dtype)
-    codes = unpack(weight.packed, weight.shape[1])
-    if name == "nf4":
-        return torch.tensor(NF4_LEVELS, device=codes.device).to(dtype)[codes.int()]
-    if name == "int4":
-        return codes.to(dtype) - 8
-    assert weight.zero_points is not None
-    return codes.to(dtype) - _spread(weight.zero_points.to(dtype), weight)
+    zero_points = weight.row_zero_points()
+    zeros = None if zero_points is None else _spread(zero_points.to(dtype), weight)
+    return levels_of_codes(name, weight.codes(), zeros, dtype)
+
+
+def _bits(name: str) -> int:
+    return 4 if name in FOUR_BIT else 8
 
 
 def _spread(per_group: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -169,90 +196,137 @@ def _spread(per_group: Tensor, weight: QuantizedWeight) -> Tensor:
     return per_group.repeat_interleave(weight.group_size, dim=1)[:, : weight.shape[1]]
 
 
-def pack(codes: Tensor) -> Tensor:
-    """uint8 codes 0..15 (N, K) -> uint8 (N, ceil(K / 2)), low nibble first."""
+def _to_panels(per_group: Tensor) -> Tensor:
+    """(N, groups) -> (N / 16, groups, 16), new rows 0."""
+    filled = torch.nn.functional.pad(per_group, (0, 0, 0, -per_group.shape[0] % PANEL))
+    panels: Tensor = filled.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+    return panels
+
+
+def _from_panels(panels: Tensor, n: int) -> Tensor:
+    """The inverse; what has no panels (fp8) passes."""
+    return panels if panels.ndim == 2 else panels.transpose(1, 2).flatten(0, 1)[:n]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes (N, K) of 4 or 8 bits -> uint8 (N / 16, words, 16, 4)."""
     if codes.dtype != torch.uint8 or codes.ndim != 2:
         raise ValueError(
             f"pack: codes must be 2-D uint8, got {codes.ndim}-D {str(codes.dtype)[6:]}"
         )
-    if codes.numel() and int(codes.max()) > 15:
+    if bits == 4 and codes.numel() and int(codes.max()) > 15:
         raise ValueError(f"pack: codes must be at most 15, got {int(codes.max())}")
-    even = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
-    return even[:, 0::2] | (even[:, 1::2] << 4)
+    n, k = codes.shape
+    filled = torch.nn.functional.pad(codes, (0, -k % (32 // bits), 0, -n % PANEL))
+    words: Tensor = (
+        filled.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 8 // bits, 4)).transpose(1, 2)
+    )
+    if bits == 8:
+        return words[..., 0, :].contiguous()
+    return (words[..., 0, :] | (words[..., 1, :] << 4)).contiguous()
 
 
-def unpack(packed: Tensor, columns: int) -> Tensor:
-    """uint8 (N, ceil(columns / 2)) -> codes uint8 (N, columns): the inverse of ``pack``."""
-    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != (columns + 1) // 2:
+def unpack(packed: Tensor, shape: tuple[int, int], bits: int) -> Tensor:
+    """uint8 (N / 16, words, 16, 4) -> codes uint8 (N, K) = ``shape``: the inverse of ``pack``."""
+    n, k = shape
+    expected = (-(-n // PANEL), -(-k // (32 // bits)), PANEL, 4)
+    if packed.dtype != torch.uint8 or packed.shape != expected:
         raise ValueError(
-            f"unpack: packed must be uint8 of shape (N, {(columns + 1) // 2}) for {columns} "
-            f"columns, got {str(packed.dtype)[6:]} {tuple(packed.shape)}"
+            f"unpack: packed must be uint8 {expected} for a weight of {shape}, "
+            f"got {str(packed.dtype)[6:]} {tuple(packed.shape)}"
         )
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :columns]
+    halves = packed.unsqueeze(3)
+    if bits == 4:
+        halves = torch.cat((halves & 15, halves >> 4), dim=3)
+    return halves.transpose(1, 2).flatten(2).flatten(0, 1)[:n, :k].contiguous()
 
 
-def quantize(weight: Tensor, scheme: str = "int8", group_size: int = 128) -> QuantizedWeight:
+def from_codes(
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    scheme: str,
+    group_size: int,
+) -> QuantizedWeight:
+    """Store a weight that was quantized elsewhere.
+
+    codes: uint8 (N, K), as the module docstring defines them for the format
+    scales: (N, groups), finite; rounded to the stored dtype
+    zero_points: (N, groups), integers 0..15, for int4_asym, else None
+    """
+    name = format_of(scheme)
+    n, k = codes.shape
+    group = group_size if name in FOUR_BIT else k
+    scales = scales.to(scale_dtype(name))
+    if name != "fp8":
+        codes, scales = pack(codes, _bits(name)), _to_panels(scales)
+        zero_points = None if zero_points is None else _to_panels(zero_points.to(torch.uint8))
+    return QuantizedWeight(codes.contiguous(), scales, zero_points, scheme, group, (n, k))
+
+
+def interleave(gate: QuantizedWeight, up: QuantizedWeight) -> QuantizedWeight:
+    """One weight whose panels are those of ``gate`` and ``up`` in turn, for a gated product.
+
+    Both (N, K) of one scheme and group size, N a multiple of 16; the result is (2 N, K).
+    """
+    n, k = gate.shape
+    if (up.shape, up.scheme, up.group_size) != (gate.shape, gate.scheme, gate.group_size):
+        raise ValueError(
+            f"interleave: up must be like gate, {gate.scheme} {gate.shape} in groups of "
+            f"{gate.group_size}, got {up.scheme} {up.shape} in groups of {up.group_size}"
+        )
+    if n % PANEL or format_of(gate.scheme) == "fp8":
+        raise ValueError(
+            f"interleave: gate must lie in panels and have a multiple of {PANEL} rows, "
+            f"got {gate.scheme} {gate.shape}"
+        )
+    pairs = zip(gate.tensors().values(), up.tensors().values(), strict=True)
+    packed, scales, *zeros = (torch.stack(pair, dim=1).flatten(0, 1) for pair in pairs)
+    parts = {"packed": packed, "scales": scales, "zero_points": zeros[0] if zeros else None}
+    return replace(gate, **parts, shape=(2 * n, k))
+
+
+def quantize(
+    weight: Tensor, scheme: str = "int8", group_size: int = 128, method: str = "mse"
+) -> QuantizedWeight:
     """Quantize a floating-point (N, K) weight by rounding to the nearest level.
 
     ``group_size`` (32, 64 or 128) counts for the 4-bit formats; int8 and fp8 scale whole rows.
-    A row or group of zeros gets scale 0. Raises ValueError for weights that are not 2-D, not
-    floating point, empty, or not finite, and for an unknown scheme or group size.
+    ``method``, "mse" or "absmax", chooses the scales, as ``llmos_fast.rounding`` says. A row or
+    group of zeros gets scale 0. Raises ValueError for weights that are not 2-D, not floating point,
+    empty, or not finite, and for an unknown scheme, group size or method.
     """
     name = format_of(scheme)
-    _check(weight, group_size)
-    n, k = weight.shape
+    _check(weight, group_size, method)
+    grouped, _ = in_groups(weight, name, group_size)
+    scales, zeros = choose_scales(grouped, name, method)
+    codes = encode(grouped, name, scales, zeros).flatten(1)[:, : weight.shape[1]]
+    return from_codes(codes, scales, zeros, scheme, group_size)
+
+
+def in_groups(weight: Tensor, name: str, group_size: int) -> tuple[Tensor, int]:
+    """(N, K) -> fp32 (N, groups, group), the last one filled up with 0, and the group's size."""
+    k = weight.shape[1]
     group = group_size if name in FOUR_BIT else k
-    if name not in FOUR_BIT:
-        grouped = weight.detach().float()[:, None, :]
-    else:
-        grouped = torch.nn.functional.pad(weight.detach().float(), (0, -k % group))
-        grouped = grouped.unflatten(1, (-1, group))
-    codes, scales, zeros = _encode(name, grouped)
-    codes = codes.flatten(1)[:, :k]
-    packed = pack(codes) if name in FOUR_BIT else codes.contiguous()
-    return QuantizedWeight(packed, scales, zeros, scheme, group, (n, k))
+    filled = torch.nn.functional.pad(weight.detach().float(), (0, -k % group))
+    return filled.unflatten(1, (-1, group)), group
 
 
-def _check(weight: Tensor, group_size: int) -> None:
+def _check_group_size(group_size: int) -> None:
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"quantize: group_size must be 32, 64 or 128, got {group_size!r}")
+
+
+def _check(weight: Tensor, group_size: int, method: str) -> None:
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(
             f"quantize: weight must be a non-empty (N, K), got shape {tuple(weight.shape)}"
         )
     if not weight.is_floating_point():
         raise ValueError(f"quantize: weight must be floating point, got {weight.dtype}")
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"quantize: group_size must be 32, 64 or 128, got {group_size!r}")
+    _check_group_size(group_size)
+    if method not in METHODS:
+        raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise ValueError(f"quantize: weight must be finite, got {bad} values of inf or NaN")
-
-
-def _encode(name: str, grouped: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """fp32 (N, groups, group) -> codes likewise, scales (N, groups), zero points or None."""
-    if name == "int4_asym":
-        low = grouped.amin(-1).clamp(max=0)
-        high = grouped.amax(-1).clamp(min=0)
-        scales = (high - low) / 15
-        inverse = _inverse(scales)
-        zeros = (-low * inverse).round().clamp(0, 15)
-        codes = (grouped * inverse[..., None]).round() + zeros[..., None]
-        return codes.clamp(0, 15).to(torch.uint8), scales, zeros.to(torch.uint8)
-    amax = grouped.abs().amax(-1)
-    divisor = {"int8": 127.0, "int4": 7.5, "nf4": 1.0, "fp8": FP8_MAX}[name]
-    scales = amax / divisor
-    scaled = grouped * _inverse(scales)[..., None]
-    if name == "int8":
-        return scaled.round().clamp(-127, 127).to(torch.int8), scales, None
-    if name == "int4":
-        return (scaled.round() + 8).clamp(0, 15).to(torch.uint8), scales, None
-    if name == "nf4":
-        table = torch.tensor(NF4_LEVELS, device=grouped.device)
-        return torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8), scales, None
-    fp8 = scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return fp8.view(torch.uint8), scales, None
-
-
-def _inverse(scales: Tensor) -> Tensor:
-    """1 / scale, and 0 where the scale is too small for that."""
-    inverse = 1 / scales
-    return torch.where(torch.isfinite(inverse), inverse, 0)

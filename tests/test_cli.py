@@ -9,9 +9,7 @@ import sys
 from types import ModuleType
 
 import pytest
-import torch
 
-import llmos_fast
 from llmos_fast.cli import main
 from llmos_fast.commands import quickstart
 from llmos_fast.training import ModelSettings, Trainer, read_log, resume
@@ -48,27 +46,6 @@ def trained(run, text, tmp_path):
     status, _, error = run("train", text, "--output", tmp_path / "run", *SMALL)
     assert (status, error) == (0, "")
     return tmp_path / "run"
-
-
-@pytest.fixture
-def halving(monkeypatch):
-    """A stand-in for ``llmos_fast.quantize_`` that stores the projection in 16 bits."""
-
-    class Half(torch.nn.Module):
-        def __init__(self, linear):
-            super().__init__()
-            self.register_buffer("qweight", linear.weight.detach().half())
-            self.register_buffer("bias", linear.bias.detach())
-
-        def forward(self, x):
-            return torch.nn.functional.linear(x, self.qweight.float(), self.bias)
-
-    def quantize_(model, scheme, group_size):
-        if scheme not in ("int8", "int4"):
-            raise ValueError(f"quantize_: scheme must be int8 or int4, got {scheme!r}")
-        model.decoder = Half(model.decoder)
-
-    monkeypatch.setattr(llmos_fast, "quantize_", quantize_, raising=False)
 
 
 def assert_one_line(result, message, status=1):
@@ -135,17 +112,31 @@ def test_resume_is_exact(run, text, tmp_path):
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_quantize(run, trained, halving):
+def test_quantize(run, trained):
     status, out, _ = run("quantize", trained, "--scheme", "int4", "--group-size", 32)
     assert status == 0
     assert "MB" in out
+    assert "validation perplexity" in out
     quantized = trained / "checkpoint-int4"
     config = json.loads((quantized / "config.json").read_text())
-    assert config["quantization"] == {"scheme": "int4", "group_size": 32}
+    assert config["quantization"] == {"scheme": "int4", "group_size": 32, "layers": {}}
     assert run("evaluate", quantized, "--batch-size", 2)[0] == 0
     assert run("generate", quantized, "--prompt", "the cat")[0] == 0
     assert_one_line(run("quantize", quantized), "is quantized already, to int4")
     assert_one_line(run("quantize", trained, "--scheme", "int3"), "got 'int3'")
+    assert_one_line(run("quantize", trained, "--method", "best"), "method must be one of")
+
+
+def test_quantize_with_calibration(run, trained, tmp_path):
+    """The decoder of so small a model has most of the weights; what else there is gets 8 bits."""
+    options = ("--scheme", "int4_a16", "--group-size", 32, "--method", "gptq")
+    assert run("quantize", trained, *options, "--output", tmp_path / "gptq")[0] == 0
+    assert run("quantize", trained, *options, "--bits", 40, "--output", tmp_path / "wide")[0] == 0
+    config = json.loads((tmp_path / "wide" / "config.json").read_text())
+    assert config["quantization"]["layers"]["decoder"] == "int8_a16"
+    assert run("evaluate", tmp_path / "wide", "--batch-size", 2)[0] == 0
+    assert run("evaluate", tmp_path / "gptq", "--batch-size", 2)[0] == 0
+    assert_one_line(run("quantize", trained, *options, "--bits", 1), "bits must be at least")
 
 
 def test_info(run, monkeypatch):
@@ -155,7 +146,7 @@ def test_info(run, monkeypatch):
     assert run("info")[:2] == (0, "attention: reference\n")
 
 
-def test_quickstart(run, tmp_path, halving, monkeypatch):
+def test_quickstart(run, tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "_MODEL", ModelSettings(8, 2, 8, 1, 0.1))
     monkeypatch.setattr(quickstart, "_MIN_COUNT", 1000)
     monkeypatch.setattr(quickstart, "_TIMED_STEPS", 2)

@@ -15,57 +15,94 @@ from llmos_fast.quantize import (
     SCHEMES,
     QuantizedWeight,
     empty,
+    from_codes,
     pack,
     quantize,
     unpack,
 )
+from llmos_fast.rounding import METHODS
 
-SIZES = [(1, 1), (7, 63), (63, 253), (5, 256)]
-
-
-@pytest.mark.parametrize("columns", [1, 2, 7, 63, 64])
-def test_pack_and_unpack_are_inverse(columns):
-    codes = torch.randint(0, 16, (5, columns), dtype=torch.uint8)
-    packed = pack(codes)
-    assert packed.shape == (5, (columns + 1) // 2)
-    assert torch.equal(unpack(packed, columns), codes)
-    assert torch.equal(pack(unpack(packed, columns)), packed)
+SIZES = [(1, 1), (7, 63), (17, 253), (5, 256)]
 
 
-def test_layout_is_low_nibble_first_and_pads_with_zero():
-    assert pack(torch.tensor([[1, 2, 15]], dtype=torch.uint8)).tolist() == [[0x21, 0x0F]]
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [1, 3, 4, 5, 8, 9, 63, 64])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 48])
+def test_pack_and_unpack_are_inverse(rows, columns, bits):
+    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape == (-(-rows // 16), -(-columns * bits // 32), 16, 4)
+    assert packed.is_contiguous()
+    assert torch.equal(unpack(packed, (rows, columns), bits), codes)
+    assert torch.equal(pack(unpack(packed, (rows, columns), bits), bits), packed)
+
+
+def test_layout_is_panels_of_16_rows():
+    """Byte j of a row's word w: k = 4 w + j, or the nibbles of k = 8 w + j and 8 w + 4 + j."""
+    codes = torch.randint(0, 16, (20, 18), dtype=torch.uint8)
+    bytes_, nibbles = pack(codes, 8), pack(codes, 4)
+    for row in range(32):
+        for k in range(24):
+            expected = codes[row, k].item() if row < 20 and k < 18 else 0
+            if k < 20:
+                assert bytes_[row // 16, k // 4, row % 16, k % 4] == expected
+            byte = nibbles[row // 16, k // 8, row % 16, k % 4].item()
+            assert (byte >> 4 if k % 8 >= 4 else byte & 15) == expected
+
+
+def test_scales_and_zero_points_lie_in_panels():
+    weight = quantize(torch.randn(20, 70), "int4_asym", 32)
+    assert weight.scales.shape == weight.zero_points.shape == (2, 3, 16)
+    assert weight.scales.dtype == torch.bfloat16
+    for row in range(20):
+        for group in range(3):
+            position = (row // 16, group, row % 16)
+            assert weight.row_scales()[row, group] == weight.scales[position]
+            assert weight.row_zero_points()[row, group] == weight.zero_points[position]
+    assert not weight.scales[1, :, 4:].any()
+    assert not weight.zero_points[1, :, 4:].any()
 
 
 def test_known_codes():
-    weight = torch.tensor([[-7.5, -1.0, 0.0, 0.4, 7.5]])
-    assert unpack(quantize(weight, "int4").packed, 5).tolist() == [[0, 7, 8, 8, 15]]
-    asymmetric = quantize(torch.tensor([[-1.0, 0.0, 14.0]]), "int4_asym")
-    assert unpack(asymmetric.packed, 3).tolist() == [[0, 1, 15]]
-    assert asymmetric.zero_points.tolist() == [[1]]
-    assert quantize(torch.tensor([[-127.0, 0.5, 1.5, 3.0]]), "int8").packed.tolist() == [
-        [-127, 0, 2, 3]
-    ]
-    assert quantize(torch.tensor([[448.0, -1.0, 2.0**-9]]), "fp8").packed.tolist() == [
-        [0x7E, 0xB8, 0x01]
-    ]
-    nf4 = quantize(torch.tensor([NF4_LEVELS]), "nf4")
-    assert unpack(nf4.packed, 16).tolist() == [list(range(16))]
+    def codes(values, name):
+        return quantize(torch.tensor([values]), name, method="absmax").codes().tolist()
+
+    assert codes([-7.5, -1.0, 0.0, 0.4, 7.5], "int4") == [[0, 7, 8, 8, 15]]
+    assert codes([-1.0, 0.0, 14.0], "int4_asym") == [[0, 1, 15]]
+    assert codes([-127.0, 0.5, 1.5, 3.0], "int8") == [[1, 128, 130, 131]]
+    assert codes([448.0, -1.0, 2.0**-9], "fp8") == [[0x7E, 0xB8, 0x01]]
+    assert codes(list(NF4_LEVELS), "nf4") == [list(range(16))]
+    asymmetric = quantize(torch.tensor([[-1.0, 0.0, 14.0]]), "int4_asym", method="absmax")
+    assert asymmetric.row_zero_points().tolist() == [[1]]
 
 
 @pytest.mark.parametrize(("n", "k"), SIZES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_error_is_at_most_half_a_step(name, n, k):
     weight = torch.randn(n, k)
-    quantized = quantize(weight, name, group_size=64)
+    quantized = quantize(weight, name, 64, "absmax")
     error = (quantized.dequantize(torch.float64) - weight.double()).abs()
-    group = quantized.group_size
-    step = quantized.scales.double().repeat_interleave(group, dim=1)[:, :k]
+    step = quantized.row_scales().double()
+    step = step.repeat_interleave(quantized.group_size, dim=1)[:, :k]
     if name == "fp8":  # 3 bits of mantissa, and subnormals below 2^-6
         half_step = torch.maximum(weight.double().abs() / 16, step / 1024)
     else:
         widest = {"nf4": 1 - 0.6961928009986877, "int4_asym": 2.0}.get(name, 1.0)
         half_step = widest / 2 * step
     assert bool((error <= half_step * (1 + 1e-5)).all())
+
+
+def test_from_codes_keeps_what_it_is_given():
+    codes = torch.randint(0, 16, (9, 70), dtype=torch.uint8)
+    scales = torch.randn(9, 3).bfloat16().float()
+    zeros = torch.randint(0, 16, (9, 3))
+    weight = from_codes(codes, scales, zeros, "int4_asym", 32)
+    assert torch.equal(weight.codes(), codes)
+    assert torch.equal(weight.row_scales(), scales)
+    assert torch.equal(weight.row_zero_points().long(), zeros)
+    group = torch.arange(70) // 32
+    expected = (codes - zeros[:, group]) * scales[:, group]
+    assert torch.equal(weight.dequantize(), expected)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -97,19 +134,20 @@ def test_second_rounding_changes_nothing_much(name, n, k, group):
     assert first.packed.shape == empty((n, k), name, group).packed.shape
     assert first.scales.shape == empty((n, k), name, group).scales.shape
     again = quantize(first.dequantize(), name, group)
-    span = first.scales.max().item() * {"fp8": 32.0}.get(name, 1.0)
+    span = first.row_scales().abs().max().item() * {"fp8": 32.0}.get(name, 1.0)
     assert (first.dequantize() - again.dequantize()).abs().max().item() <= span
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_rows_are_independent(scheme):
-    weight = torch.randn(9, 70)
-    whole = quantize(weight, scheme, 32)
-    part = quantize(weight[2:5], scheme, 32)
-    for ours, theirs in zip(
-        whole.rows(2, 5).tensors().values(), part.tensors().values(), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+def test_rows_are_independent(scheme, method):
+    weight = torch.randn(21, 70)
+    whole = quantize(weight, scheme, 32, method)
+    part = quantize(weight[14:18], scheme, 32, method)
+    assert torch.equal(whole.codes()[14:18], part.codes())
+    assert torch.equal(whole.row_scales()[14:18], part.row_scales())
+    if part.zero_points is not None:
+        assert torch.equal(whole.row_zero_points()[14:18], part.row_zero_points())
 
 
 def test_copies_and_moves_keep_the_bits():
@@ -118,7 +156,7 @@ def test_copies_and_moves_keep_the_bits():
         assert isinstance(other, QuantizedWeight)
         assert (other.scheme, other.group_size, other.shape) == ("int4_asym", 128, (4, 65))
         assert all(torch.equal(a, weight.tensors()[n]) for n, a in other.tensors().items())
-    assert weight.nbytes == 4 * 33 + 4 * 4 + 4
+    assert weight.nbytes == 9 * 16 * 4 + 2 * 16 + 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -147,14 +185,20 @@ def test_bad_input_is_refused(weight, scheme, group, message):
         quantize(weight, scheme, group)
 
 
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="quantize: method must be one of mse, absmax, got 'best'"):
+        quantize(torch.ones(2, 2), "int4", 32, "best")
+
+
 def test_bad_codes_are_refused():
     with pytest.raises(ValueError, match="pack: codes must be at most 15, got 16"):
-        pack(torch.full((1, 2), 16, dtype=torch.uint8))
+        pack(torch.full((1, 2), 16, dtype=torch.uint8), 4)
     with pytest.raises(ValueError, match="pack: codes must be 2-D uint8, got 1-D int64"):
-        pack(torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"unpack: packed must be uint8 of shape \(N, 2\)"):
-        unpack(torch.zeros(2, 3, dtype=torch.uint8), 4)
+        pack(torch.zeros(2, dtype=torch.int64), 4)
+    with pytest.raises(ValueError, match=r"unpack: packed must be uint8 \(2, 1, 16, 4\) for"):
+        unpack(torch.zeros(2, 3, dtype=torch.uint8), (17, 4), 4)
 
 
 def test_four_bit_formats_take_half_a_byte():
-    assert all(quantize(torch.randn(2, 256), name).packed.shape == (2, 128) for name in FOUR_BIT)
+    weight = torch.randn(32, 256)
+    assert all(quantize(weight, name).packed.nbytes == 32 * 128 for name in FOUR_BIT)

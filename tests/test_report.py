@@ -41,6 +41,25 @@ def test_table_compares_with_the_fastest_peer_and_shows_losses():
     assert "a CPU" in table
 
 
+def test_engines_stand_side_by_side_with_their_errors():
+    info = {
+        "case": "int4",
+        "share_of_limit": 0.5,
+        "relative_error": {"ours": 0.09, "peer": 0.1},
+        "left_out": {"absent": "not installed"},
+    }
+    times = {1: {"peer": 3.0}, 4: {}}
+    entries = [
+        {"extra_info": info | {"rows": rows, "peers_ms": ms}, "stats": {"median": 0.002}}
+        for rows, ms in times.items()
+    ]
+    table = report.engines([*RUN["benchmarks"], *entries])
+    assert "| int4, ms | M=1 | M=4 | relative error |" in table
+    assert "| ours | 2.0000 | 2.0000 | 9.0e-02 |" in table
+    assert "| peer | 3.0000 |  | 1.0e-01 |" in table
+    assert "left out: absent (not installed)" in table
+
+
 def test_other_files_are_refused(tmp_path):
     for text, message in (
         ("{", "must be JSON"),

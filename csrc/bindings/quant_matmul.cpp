@@ -1,3 +1,4 @@
+#include "cpu/int8_peak.h"
 #include "cpu/quant_matmul.h"
 
 #include "bindings/bindings.h"
@@ -13,16 +14,17 @@ WeightShape weight_shape(int64_t n, int64_t k, int64_t group_size, int format) {
 }  // namespace
 
 void bind_quant_matmul(py::module_& module) {
+  module.def("int8_peak", &int8_peak, ReleaseGil());
   module.def(
       "quant_matmul",
-      [](Address x, Address packed, Address scales, Address zeros, Address bias, Address out,
-         int64_t m, int64_t n, int64_t k, int64_t group_size, int format, int activation,
-         bool integer, bool bf16) {
-        quant_matmul({pointer<const void>(x), pointer<const uint8_t>(packed),
-                      pointer<const float>(scales), pointer<const uint8_t>(zeros),
-                      pointer<const float>(bias), pointer<void>(out), m,
-                      weight_shape(n, k, group_size, format), static_cast<Activation>(activation),
-                      integer, bf16});
+      [](Address x, int64_t x_stride, Address packed, Address scales, Address zeros, Address bias,
+         Address residual, Address out, int64_t m, int64_t n, int64_t k, int64_t group_size,
+         int format, int activation, bool integer, bool bf16, bool gated) {
+        quant_matmul({pointer<const void>(x), x_stride, pointer<const uint8_t>(packed),
+                      pointer<const void>(scales), pointer<const uint8_t>(zeros),
+                      pointer<const float>(bias), pointer<const void>(residual),
+                      pointer<void>(out), m, weight_shape(n, k, group_size, format),
+                      activation >= 0, static_cast<Activation>(activation), integer, bf16, gated});
       },
       ReleaseGil());
   module.def(
@@ -30,7 +32,7 @@ void bind_quant_matmul(py::module_& module) {
       [](Address packed, Address scales, Address zeros, Address out, int64_t n, int64_t k,
          int64_t group_size, int format, bool bf16) {
         dequantize(weight_shape(n, k, group_size, format), pointer<const uint8_t>(packed),
-                   pointer<const float>(scales), pointer<const uint8_t>(zeros), bf16,
+                   pointer<const void>(scales), pointer<const uint8_t>(zeros), bf16,
                    pointer<void>(out));
       },
       ReleaseGil());

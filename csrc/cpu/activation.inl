@@ -1,34 +1,5 @@
 // hidden = dropout(activation(gate) * up), and its gradients, in one pass each.
 
-// Value and derivative.
-template <Activation activation>
-LLMOS_INLINE F activate(F x, F* derivative) {
-  const F zero = {};
-  if constexpr (activation == Activation::relu) {
-    *derivative = select(x > zero, splat(1.0f), zero);
-    return select(x < zero, zero, x);
-  } else if constexpr (activation == Activation::relu2) {
-    const F y = select(x < zero, zero, x);
-    *derivative = y + y;
-    return y * y;
-  } else if constexpr (activation == Activation::gelu) {
-    F density;
-    const F cdf = normal_cdf(x, &density);
-    *derivative = cdf + x * density;
-    return x * cdf;
-  } else if constexpr (activation == Activation::gelu_tanh) {
-    // 0.5 (1 + tanh(y)) = sigmoid(2 y)
-    constexpr float twice_root = 1.5957691216f, cubic = 0.044715f;  // 2 sqrt(2 / pi)
-    const F s = sigmoid(twice_root * (x + cubic * x * x * x));
-    *derivative = s + x * s * (1.0f - s) * twice_root * (1.0f + 3.0f * cubic * x * x);
-    return x * s;
-  } else {
-    const F s = sigmoid(x);
-    *derivative = s + x * s * (1.0f - s);
-    return x * s;
-  }
-}
-
 template <typename T, Activation activation>
 static void activation_forward_rows(const ActivationForward& call) {
   const int64_t columns = call.columns;

@@ -6,10 +6,11 @@
 
 #include <cstdint>
 
+#include "cpu/activation.h"
+
 namespace llmos {
 
 enum class DType : int { f32 = 0, bf16 = 1 };
-enum class Activation : int { relu = 0, relu2 = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
 
 struct Dropout {
   const int64_t* seed;  // null: keep everything

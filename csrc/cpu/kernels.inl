@@ -3,6 +3,7 @@
 #include "cpu/philox.inl"
 #include "cpu/tile.inl"
 #include "cpu/add_norm.inl"
+#include "cpu/activate.inl"
 #include "cpu/activation.inl"
 #include "cpu/rotary.inl"
 #include "cpu/cross_entropy.inl"

@@ -1,36 +1,45 @@
-// y = activation(x W^T + bias), where W is stored in one of the formats of quant_formats.h.
+// y = activation(x W^T + bias) + residual, where W is stored in a format of quant_formats.h.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/activation.h"
 #include "quant_formats.h"
 
 namespace llmos {
 
-enum class Activation : int { kNone = 0, kRelu, kRelu2, kGelu, kGeluTanh, kSilu };
-
-// x: (m, weight.k), contiguous; out: (m, weight.n); both fp32, or bf16 where `bf16` is set.
-// scales: fp32 (weight.n, groups); zeros: uint8 likewise (kInt4Asym), else null; bias: fp32, null.
+// x: m rows of weight.k, x_stride elements apart; out: (m, columns), columns = weight.n, or half of
+// it where gated; residual: as out, or null. All three fp32, or bf16 where `bf16` is set.
+// scales: fp32 for 8-bit formats, bf16 for 4-bit ones; zeros: for kInt4Asym, else null.
+// bias: fp32 (weight.n), or null.
 //
-// integer = false:  y = sum_g scale[n, g] sum_{k in g} x[m, k] level(W[n, k])
+// gated: panels 0, 2, .. are a gate and 1, 3, .. its partner; weight.n is a multiple of 32, and
+//        y = activation(x G^T + bias_g) (x U^T + bias_u) + residual
+//
+// integer = false:  sums over scale[n, g] level(W[n, k]) x[m, k] in fp32
 // integer = true:   the same with x replaced by s q, where, in fp32,
 //                   a = max(max_k |x[m, k]|, 1e-30), s = a / 127, q = round_half_even(x (127 / a));
 //                   sums over a group are exact. A row with a non-finite x gives NaN.
 //                   kInt8, kInt4 and kInt4Asym only; k <= 131072.
-// Every sum is taken in the order of k, by one thread: results depend neither on m nor on threads.
+// Every sum is taken in the order of k, by one thread: results do not depend on threads, nor, with
+// integer = true, on m.
 struct QuantMatmul {
   const void* x;
+  int64_t x_stride;
   const uint8_t* packed;
-  const float* scales;
+  const void* scales;
   const uint8_t* zeros;
   const float* bias;
+  const void* residual;
   void* out;
   int64_t m;
   WeightShape weight;
+  bool activates;
   Activation activation;
   bool integer;
   bool bf16;
+  bool gated;
 };
 
 struct QuantMatmulKernels {
@@ -48,7 +57,7 @@ extern const QuantMatmulKernels quant_matmul_avx512;
 void quant_matmul(const QuantMatmul& call);
 
 // out (n, k) in fp32, or bf16 where `bf16` is set: scale * level, rounded once.
-void dequantize(const WeightShape& shape, const uint8_t* packed, const float* scales,
+void dequantize(const WeightShape& shape, const uint8_t* packed, const void* scales,
                 const uint8_t* zeros, bool bf16, void* out);
 
 // Memory of the calling thread, 64-byte aligned, kept between calls. Slots are independent.

@@ -13,6 +13,9 @@ LLMOS_TARGET_BEGIN("avx2,fma")
 
 #include "cpu/bf16.h"
 #include "cpu/quant_matmul_epilogue.h"
+#include "cpu/quant_matmul_rows.h"
+#include "cpu/quant_matmul_tile.h"
+// in this order: they build on one another
 #include "cpu/quant_matmul_kernel.h"
 
 namespace llmos {
@@ -22,8 +25,12 @@ struct Avx2 {
   using I = __m256i;
   using F = __m256;
   static constexpr int kLanes = 8;
+  static constexpr int kRegisters = 16;
   static constexpr int kRows = 4;
   static constexpr int kVectors = 2;
+  static constexpr int kGroupedVectors = 2;
+  static constexpr int kStreamRows = 4;
+  static constexpr int stream_vectors(int rows) { return rows == 1 ? 4 : 2; }
 
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
   static F zero() { return _mm256_setzero_ps(); }
@@ -35,7 +42,17 @@ struct Avx2 {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
   static I load_ints(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
+  static void store_ints(void* p, I v) { _mm256_storeu_si256(static_cast<I*>(p), v); }
   static I load_bytes(const uint8_t* p) { return load_ints(p); }
+  static void store_bytes(uint8_t* p, I v) { store_ints(p, v); }
+  static I widen_bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I broadcast_int(int32_t value) { return _mm256_set1_epi32(value); }
+  static F load_bf16(const uint8_t* p) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
   static I multiply(I a, int32_t b) { return _mm256_mullo_epi32(a, _mm256_set1_epi32(b)); }
   static I low_nibbles(I v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
   static I high_nibbles(I v) { return low_nibbles(_mm256_srli_epi32(v, 4)); }
@@ -77,7 +94,7 @@ struct Avx2 {
   template <WeightFormat kFormat>
   static F decode(I raw, int i, const Levels& levels) {
     if constexpr (is_4bit(kFormat)) {  // vpermps reads three bits, the fourth chooses the table
-      const I code = _mm256_srl_epi32(raw, _mm_cvtsi32_si128(4 * i));
+      const I code = _mm256_srl_epi32(raw, _mm_cvtsi32_si128(nibble_shift(i)));
       return _mm256_blendv_ps(_mm256_permutevar8x32_ps(levels.low, code),
                               _mm256_permutevar8x32_ps(levels.high, code),
                               _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
@@ -94,48 +111,6 @@ struct Avx2 {
                              _mm256_set1_ps(0x1p120f));
       }
     }
-  }
-
-  // 8 rows x 32 bytes at a time: a transpose of 8 x 8 words.
-  static void pack_panel(const uint8_t* source, int64_t bytes, int valid, int64_t words,
-                         uint32_t flip, uint8_t* panel) {
-    for (int64_t word = 0; word < words; word += 8)
-      for (int half = 0; half < 16; half += 8) {
-        I a[8], b[8];
-        for (int i = 0; i < 8; ++i)
-          a[i] =
-              load_row(source + (half + i) * bytes + word * 4, bytes - word * 4, half + i < valid);
-        for (int i = 0; i < 8; i += 2) {
-          b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
-          b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
-        }
-        for (int i = 0; i < 8; i += 4) {
-          a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
-          a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
-          a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
-          a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
-        }
-        for (int j = 0; j < 4; ++j) {
-          put(panel + (word + j) * 64 + half * 4, _mm256_permute2x128_si256(a[j], a[4 + j], 0x20),
-              flip);
-          put(panel + (word + 4 + j) * 64 + half * 4,
-              _mm256_permute2x128_si256(a[j], a[4 + j], 0x31), flip);
-        }
-      }
-  }
-
- private:
-  static I load_row(const uint8_t* p, int64_t left, bool inside) {
-    if (!inside || left <= 0) return _mm256_setzero_si256();
-    if (left >= 32) return load_ints(p);
-    alignas(32) uint8_t bytes[32] = {};
-    std::memcpy(bytes, p, left);
-    return load_ints(bytes);
-  }
-
-  static void put(uint8_t* p, I v, uint32_t flip) {
-    _mm256_storeu_si256(reinterpret_cast<I*>(p),
-                        _mm256_xor_si256(v, _mm256_set1_epi32(static_cast<int>(flip))));
   }
 };
 

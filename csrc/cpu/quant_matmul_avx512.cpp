@@ -11,10 +11,13 @@
 #include "cpu/quant_matmul.h"
 #include "cpu/target.h"
 
-LLMOS_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+LLMOS_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
 
 #include "cpu/bf16.h"
 #include "cpu/quant_matmul_epilogue.h"
+#include "cpu/quant_matmul_rows.h"
+#include "cpu/quant_matmul_tile.h"
+// in this order: they build on one another
 #include "cpu/quant_matmul_kernel.h"
 
 namespace llmos {
@@ -24,8 +27,12 @@ struct Avx512 {
   using I = __m512i;
   using F = __m512;
   static constexpr int kLanes = 16;
+  static constexpr int kRegisters = 32;
   static constexpr int kRows = 6;  // 24 accumulators + 4 weights + 1 x of 32 registers
   static constexpr int kVectors = 4;
+  static constexpr int kGroupedVectors = 2;
+  static constexpr int kStreamRows = 8;
+  static constexpr int stream_vectors(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
   static F zero() { return _mm512_setzero_ps(); }
@@ -36,8 +43,18 @@ struct Avx512 {
   static F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static F load_bf16(const uint8_t* p) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
   static I load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
-  static I load_bytes(const uint8_t* p) { return _mm512_load_si512(p); }
+  static void store_ints(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+  static I load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store_bytes(uint8_t* p, I v) { _mm512_storeu_si512(p, v); }
+  static I widen_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I broadcast_int(int32_t value) { return _mm512_set1_epi32(value); }
   static I multiply(I a, int32_t b) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(b)); }
   static I low_nibbles(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
   static I high_nibbles(I v) { return low_nibbles(_mm512_srli_epi32(v, 4)); }
@@ -68,7 +85,7 @@ struct Avx512 {
   template <WeightFormat kFormat>
   static F decode(I raw, int i, F levels) {
     if constexpr (is_4bit(kFormat)) {
-      return _mm512_permutexvar_ps(_mm512_srl_epi32(raw, _mm_cvtsi32_si128(4 * i)), levels);
+      return _mm512_permutexvar_ps(_mm512_srl_epi32(raw, _mm_cvtsi32_si128(nibble_shift(i))), levels);
     } else {
       const I code = _mm512_srl_epi32(raw, _mm_cvtsi32_si128(8 * i));
       if constexpr (kFormat == WeightFormat::kInt8) {
@@ -83,50 +100,6 @@ struct Avx512 {
                                                  _mm512_set1_epi32(INT32_MIN), magnitude, 0xea);
         return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));
       }
-    }
-  }
-
-  // 16 rows x 64 bytes at a time: a transpose of 16 x 16 words.
-  static void pack_panel(const uint8_t* source, int64_t bytes, int valid, int64_t words,
-                         uint32_t flip, uint8_t* panel) {
-    const I flips = _mm512_set1_epi32(static_cast<int>(flip));
-    for (int64_t word = 0; word < words; word += 16) {
-      const int64_t left = bytes - word * 4;
-      const __mmask64 mask = left >= 64 ? ~0ull : (1ull << left) - 1;
-      I a[16], b[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        const uint8_t* p = source + i * bytes + word * 4;
-        a[i] = i < valid ? _mm512_maskz_loadu_epi8(mask, p) : _mm512_setzero_si512();
-        _mm_prefetch(p + 512, _MM_HINT_T0);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-      }
-      // 128-bit lane l of a[4 i + j] holds word 4 l + j of rows 4 i .. 4 i + 3
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const I even0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
-        const I even1 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
-        const I odd0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-        const I odd1 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-        b[j] = _mm512_shuffle_i32x4(even0, even1, 0x88);
-        b[4 + j] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
-        b[8 + j] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
-        b[12 + j] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i)
-        _mm512_store_si512(panel + (word + i) * 64, _mm512_xor_si512(b[i], flips));
     }
   }
 };

@@ -4,6 +4,9 @@
 #include "cpu/bf16.h"
 #include "cpu/quant_matmul.h"
 #include "cpu/quant_matmul_epilogue.h"
+#include "cpu/quant_matmul_rows.h"
+#include "cpu/quant_matmul_tile.h"
+// in this order: they build on one another
 #include "cpu/quant_matmul_kernel.h"
 
 namespace llmos {
@@ -18,8 +21,12 @@ struct Generic {
   using I = Array<int32_t>;
   using F = Array<float>;
   static constexpr int kLanes = 16;
+  static constexpr int kRegisters = 16;
   static constexpr int kRows = 4;
   static constexpr int kVectors = 1;
+  static constexpr int kGroupedVectors = 1;
+  static constexpr int kStreamRows = 2;
+  static constexpr int stream_vectors(int) { return 1; }
 
   template <typename T, typename Of>
   static Array<T> each(Of of) {
@@ -55,7 +62,22 @@ struct Generic {
     return each<float>([&](int i) { return static_cast<float>(v.lane[i]); });
   }
   static I load_ints(const int32_t* p) { return load_array<int32_t>(p); }
+  static void store_ints(int32_t* p, const I& v) { std::memcpy(p, &v, sizeof v); }
   static I load_bytes(const uint8_t* p) { return load_array<int32_t>(p); }
+  static void store_bytes(uint8_t* p, const I& v) { std::memcpy(p, &v, sizeof v); }
+  static I widen_bytes(const uint8_t* p) {
+    return each<int32_t>([=](int i) { return p[i]; });
+  }
+  static I broadcast_int(int32_t value) {
+    return each<int32_t>([=](int) { return value; });
+  }
+  static F load_bf16(const uint8_t* p) {
+    return each<float>([=](int i) {
+      uint16_t half;
+      std::memcpy(&half, p + 2 * i, 2);
+      return load(&half);
+    });
+  }
   static I multiply(const I& a, int32_t b) {
     return each<int32_t>([&](int i) { return a.lane[i] * b; });
   }
@@ -91,23 +113,10 @@ struct Generic {
   static F decode(const I& raw, int i, const F& levels) {
     return each<float>([&](int lane) {
       const uint32_t word = raw.lane[lane];
-      if constexpr (is_4bit(kFormat)) return levels.lane[(word >> (4 * i)) & 15];
+      if constexpr (is_4bit(kFormat)) return levels.lane[(word >> nibble_shift(i)) & 15];
       const int byte = (word >> (8 * i)) & 255;
       return kFormat == WeightFormat::kInt8 ? static_cast<float>(byte - 128) : fp8_value(byte);
     });
-  }
-
-  static void pack_panel(const uint8_t* source, int64_t bytes, int valid, int64_t words,
-                         uint32_t flip, uint8_t* panel) {
-    for (int64_t word = 0; word < words; ++word)
-      for (int row = 0; row < kPanel; ++row) {
-        uint32_t value = 0;
-        const int64_t left = bytes - word * 4;
-        if (row < valid && left > 0)
-          std::memcpy(&value, source + row * bytes + word * 4, left < 4 ? left : 4);
-        value ^= flip;
-        std::memcpy(panel + word * 64 + row * 4, &value, 4);
-      }
   }
 };
 

@@ -1,257 +1,26 @@
 // The quantized matmul, written once over an instruction set S. Include it inside a target region.
 //
-// Work is cut into tasks of S::kPanels * 16 weight rows by kBlock rows of x. A task first packs its
-// weight rows into panels of 16: word i of a panel is 64 bytes, four bytes of each of the 16 rows,
-// so that one vector register holds the same k of 16 rows. That costs 4 % of the time at m = 512
-// and hides behind memory at m = 1, and no second copy of the weight has to be kept.
-// Then S::kRows rows of x at a time run over the packed tile, which sits in the L2 cache.
+// Work is cut into tasks of up to 4 panels (64 weight rows) by kBlockRows rows of x. A few rows of x
+// stream through the weights, each word read once. For more rows, kBlockK columns of the weights at
+// a time stay in the L1 cache while all rows of the task run over them, S::kRows at a time, and the
+// next columns are on their way. Codes are unpacked in registers; fp32 levels, which cost more, are
+// staged once per block.
 //
-// S gives: I, F (vectors of kLanes int32 / float), kRows, kVectors (tile: kRows x kVectors vectors)
-// and the small functions used below.
+// S gives: I, F (vectors of kLanes int32 / float), kRegisters, the register tiles of blocks (kRows by
+// kVectors, or by kGroupedVectors) and of streams (kStreamRows, stream_vectors(rows)), and small
+// functions.
 #pragma once
+
+#include <omp.h>
+
+#include <atomic>
 
 namespace llmos {
 namespace {
 
-// Accumulators stay in registers only where every loop over them is unrolled.
-#define LLMOS_UNROLL _Pragma("GCC unroll 8")
-
-constexpr int kPanel = 16;
-constexpr int64_t kBlock = 258;  // a multiple of 6; m = 512 takes two
+constexpr int64_t kBlockRows = 516;  // a multiple of every S::kRows
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// What kernels need to know of one call, all lengths in words of four packed bytes.
-struct Plan {
-  int64_t words;            // of a weight row, the last one padded with zeros
-  int64_t words_per_group;  // the last group may have fewer
-  int64_t groups;
-  int64_t stride;  // elements between two prepared rows of x
-};
-
-// A packed tile. scales and zeros: [groups][columns]; zeros in the units of the unsigned code.
-template <class S>
-struct PackedTile {
-  static constexpr int kColumns = S::kVectors * S::kLanes;
-  static constexpr int kPanels = kColumns / kPanel;
-  uint8_t* panels;
-  float* scales;
-  int32_t* zeros;
-};
-
-// Rows of x as the kernels read them, padded with zeros to whole words of weights.
-// integer: int8, and for 4-bit weights k = 0..7 stored as 0 2 4 6 1 3 5 7, because the low nibbles
-// of a word hold even k. sums: of the int8 values of a group, [m][groups]; scales: [m].
-struct Rows {
-  const int8_t* integers;
-  const float* floats;
-  const int32_t* sums;
-  const float* scales;
-};
-
-template <typename T>
-void quantize_row(const T* x, int64_t k, bool interleave, const Plan& plan, int64_t group_size,
-                  int8_t* out, int32_t* sums, float* scale) {
-  float* buffer = static_cast<float*>(thread_scratch(Scratch::kTile, sizeof(float) * k));
-  uint32_t largest = 0;  // as bits of |x|: integer order is float order, with inf and NaN on top
-  for (int64_t i = 0; i < k; ++i) {
-    buffer[i] = load(&x[i]);
-    const uint32_t magnitude = bits_of(buffer[i]) & 0x7fffffff;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  std::memset(out, 0, plan.stride);
-  if (largest >= 0x7f800000) {
-    *scale = float_of(0x7fc00000);
-    std::memset(sums, 0, sizeof(int32_t) * plan.groups);
-    return;
-  }
-  const float amax = float_of(largest) < 1e-30f ? 1e-30f : float_of(largest);
-  const float inverse = 127.0f / amax;
-  *scale = amax / 127.0f;
-  for (int64_t i = 0; i < k; ++i)
-    out[i] = static_cast<int8_t>(__builtin_rintf(buffer[i] * inverse));
-  for (int64_t g = 0; g < plan.groups; ++g) {
-    const int64_t end = (g + 1) * group_size < k ? (g + 1) * group_size : k;
-    int32_t sum = 0;
-    for (int64_t i = g * group_size; i < end; ++i) sum += out[i];
-    sums[g] = sum;
-  }
-  if (interleave)
-    for (int64_t i = 0; i < plan.words * 8; i += 8) {
-      const int8_t v[8] = {out[i],     out[i + 2], out[i + 4], out[i + 6],
-                           out[i + 1], out[i + 3], out[i + 5], out[i + 7]};
-      std::memcpy(out + i, v, 8);
-    }
-}
-
-template <typename T>
-void widen_row(const T* x, int64_t k, const Plan& plan, float* out) {
-  for (int64_t i = 0; i < k; ++i) out[i] = load(&x[i]);
-  std::memset(out + k, 0, sizeof(float) * (plan.stride - k));
-}
-
-template <class S>
-void pack_tile(const QuantMatmul& c, const Plan& plan, int64_t first, const PackedTile<S>& tile) {
-  using Tile = PackedTile<S>;
-  const int64_t bytes = row_bytes(c.weight);
-  // int8 becomes unsigned by adding 128, which flips the top bit
-  const uint32_t flip = c.weight.format == WeightFormat::kInt8 ? 0x80808080u : 0;
-  for (int p = 0; p < Tile::kPanels; ++p) {
-    const int64_t row = first + p * kPanel;
-    if (row >= c.weight.n) break;
-    const int valid = static_cast<int>(c.weight.n - row < kPanel ? c.weight.n - row : kPanel);
-    S::pack_panel(c.packed + row * bytes, bytes, valid, plan.words, flip,
-                  tile.panels + p * plan.words * 64);
-  }
-  const int32_t zero = c.weight.format == WeightFormat::kInt8   ? 128
-                       : c.weight.format == WeightFormat::kInt4 ? 8
-                                                                : 0;
-  for (int j = 0; j < Tile::kColumns; ++j) {
-    const bool inside = first + j < c.weight.n;
-    const int64_t source = (first + j) * plan.groups;
-    for (int64_t g = 0; g < plan.groups; ++g) {
-      const int64_t target = g * Tile::kColumns + j;
-      tile.scales[target] = inside ? c.scales[source + g] : 0.0f;
-      tile.zeros[target] = inside && c.zeros != nullptr ? c.zeros[source + g] : zero;
-    }
-  }
-}
-
-// y[MR][kColumns], columns of V vectors from `panel` on: int8 activations.
-template <class S, int MR, int V, bool k4Bit>
-void integer_tile(const PackedTile<S>& tile, int panel, const Plan& plan, const Rows& rows,
-                  int64_t row, float* y) {
-  using I = typename S::I;
-  using F = typename S::F;
-  constexpr int kColumns = PackedTile<S>::kColumns;
-  const uint8_t* panels = tile.panels + panel * plan.words * 64;
-  const int8_t* x = rows.integers + row * plan.stride;
-  F sum[MR][V];
-  LLMOS_UNROLL for (int m = 0; m < MR; ++m) LLMOS_UNROLL for (int v = 0; v < V; ++v) sum[m][v] =
-      S::zero();
-  for (int64_t g = 0; g < plan.groups; ++g) {
-    const int64_t begin = g * plan.words_per_group;
-    const int64_t end = S::min(begin + plan.words_per_group, plan.words);
-    const int64_t column = g * kColumns + panel * kPanel;
-    I acc[MR][V];  // starts at -zero * sum(x): the panels hold level + zero
-    LLMOS_UNROLL for (int m = 0; m < MR; ++m) LLMOS_UNROLL for (int v = 0; v < V; ++v) acc[m][v] =
-        S::multiply(S::load_ints(tile.zeros + column + v * S::kLanes),
-                    -rows.sums[(row + m) * plan.groups + g]);
-    for (int64_t word = begin; word < end; ++word) {
-      const uint8_t* w = panels + word * 64;
-      I weights[V];
-      LLMOS_UNROLL for (int half = 0; half < (k4Bit ? 2 : 1); ++half) {
-        LLMOS_UNROLL for (int v = 0; v < V; ++v) {
-          const int byte = v * S::kLanes * 4;  // of a word over all panels of the tile
-          const I raw = S::load_bytes(w + byte / 64 * plan.words * 64 + byte % 64);
-          weights[v] = !k4Bit ? raw : half == 0 ? S::low_nibbles(raw) : S::high_nibbles(raw);
-        }
-        LLMOS_UNROLL for (int m = 0; m < MR; ++m) {
-          const int64_t offset = (k4Bit ? 2 * word + half : word) * 4;
-          const I xs = S::broadcast_word(x + m * plan.stride + offset);
-          LLMOS_UNROLL for (int v = 0; v < V; ++v) acc[m][v] =
-              S::template dot<k4Bit>(acc[m][v], weights[v], xs);
-        }
-      }
-    }
-    LLMOS_UNROLL for (int v = 0; v < V; ++v) {
-      const F scale = S::load_floats(tile.scales + column + v * S::kLanes);
-      LLMOS_UNROLL for (int m = 0; m < MR; ++m) sum[m][v] =
-          S::fma(S::to_float(acc[m][v]), scale, sum[m][v]);
-    }
-  }
-  LLMOS_UNROLL for (int m = 0; m < MR; ++m) LLMOS_UNROLL for (int v = 0; v < V; ++v)
-      S::store_floats(y + m * kColumns + panel * kPanel + v * S::kLanes,
-                      S::multiply(sum[m][v], S::broadcast(rows.scales[row + m])));
-}
-
-// As integer_tile, with activations in fp32: weights are decoded in registers.
-template <class S, int MR, int V, WeightFormat kFormat>
-void float_tile(const PackedTile<S>& tile, int panel, const Plan& plan, const Rows& rows,
-                int64_t row, float* y) {
-  using I = typename S::I;
-  using F = typename S::F;
-  constexpr int kColumns = PackedTile<S>::kColumns;
-  constexpr int kPerWord = is_4bit(kFormat) ? 8 : 4;
-  const uint8_t* panels = tile.panels + panel * plan.words * 64;
-  const float* x = rows.floats + row * plan.stride;
-  const auto levels = S::template levels<kFormat>();
-  F sum[MR][V];
-  LLMOS_UNROLL for (int m = 0; m < MR; ++m) LLMOS_UNROLL for (int v = 0; v < V; ++v) sum[m][v] =
-      S::zero();
-  for (int64_t g = 0; g < plan.groups; ++g) {
-    const int64_t begin = g * plan.words_per_group;
-    const int64_t end = S::min(begin + plan.words_per_group, plan.words);
-    const int64_t column = g * kColumns + panel * kPanel;
-    F acc[MR][V];
-    LLMOS_UNROLL for (int m = 0; m < MR; ++m) LLMOS_UNROLL for (int v = 0; v < V; ++v) acc[m][v] =
-        S::zero();
-    for (int64_t word = begin; word < end; ++word) {
-      const uint8_t* w = panels + word * 64;
-      LLMOS_UNROLL for (int i = 0; i < kPerWord; ++i) {
-        F weights[V];
-        LLMOS_UNROLL for (int v = 0; v < V; ++v) {
-          const int byte = v * S::kLanes * 4;
-          const I raw = S::load_bytes(w + byte / 64 * plan.words * 64 + byte % 64);
-          weights[v] = S::template decode<kFormat>(raw, i, levels);
-          if constexpr (kFormat == WeightFormat::kInt4Asym)
-            weights[v] = S::subtract(
-                weights[v], S::to_float(S::load_ints(tile.zeros + column + v * S::kLanes)));
-        }
-        LLMOS_UNROLL for (int m = 0; m < MR; ++m) {
-          const F xs = S::broadcast(x[m * plan.stride + word * kPerWord + i]);
-          LLMOS_UNROLL for (int v = 0; v < V; ++v) acc[m][v] = S::fma(weights[v], xs, acc[m][v]);
-        }
-      }
-    }
-    LLMOS_UNROLL for (int v = 0; v < V; ++v) {
-      const F scale = S::load_floats(tile.scales + column + v * S::kLanes);
-      LLMOS_UNROLL for (int m = 0; m < MR; ++m) sum[m][v] = S::fma(acc[m][v], scale, sum[m][v]);
-    }
-  }
-  LLMOS_UNROLL for (int m = 0; m < MR; ++m) LLMOS_UNROLL for (int v = 0; v < V; ++v)
-      S::store_floats(y + m * kColumns + panel * kPanel + v * S::kLanes, sum[m][v]);
-}
-
-template <class S, WeightFormat kFormat, bool kInteger>
-struct Kernels {
-  using Function = void (*)(const PackedTile<S>&, int, const Plan&, const Rows&, int64_t, float*);
-
-  // The tile of `mr` rows (1..MR) and V vectors.
-  template <int V, int MR = S::kRows>
-  static Function of(int mr) {
-    if constexpr (MR > 1)
-      if (mr < MR) return of<V, MR - 1>(mr);
-    if constexpr (kInteger)
-      return &integer_tile<S, MR, V, is_4bit(kFormat)>;
-    else
-      return &float_tile<S, MR, V, kFormat>;
-  }
-
-  // All columns of the tile; narrow panels one by one where the last tile has fewer.
-  static void run(const PackedTile<S>& tile, int panels, const Plan& plan, const Rows& rows,
-                  int64_t row, int mr, float* y) {
-    if (panels == PackedTile<S>::kPanels) return of<S::kVectors>(mr)(tile, 0, plan, rows, row, y);
-    for (int p = 0; p < panels; ++p) of<kPanel / S::kLanes>(mr)(tile, p, plan, rows, row, y);
-  }
-};
-
-template <class S>
-auto tile_kernel(const QuantMatmul& c) {
-  using W = WeightFormat;
-  switch (c.weight.format) {
-    case W::kInt8:
-      return c.integer ? &Kernels<S, W::kInt8, true>::run : &Kernels<S, W::kInt8, false>::run;
-    case W::kInt4:
-      return c.integer ? &Kernels<S, W::kInt4, true>::run : &Kernels<S, W::kInt4, false>::run;
-    case W::kInt4Asym:  // with int8 activations it differs from kInt4 only by its zero points
-      return c.integer ? &Kernels<S, W::kInt4, true>::run : &Kernels<S, W::kInt4Asym, false>::run;
-    case W::kNf4:
-      return &Kernels<S, W::kNf4, false>::run;
-    default:
-      return &Kernels<S, W::kFp8, false>::run;
-  }
-}
 
 template <typename T>
 inline T* take(char*& memory, int64_t count) {
@@ -260,76 +29,303 @@ inline T* take(char*& memory, int64_t count) {
   return taken;
 }
 
-template <class S, typename T>
-void run_typed(const QuantMatmul& c) {
-  using Tile = PackedTile<S>;
-  const int64_t n = c.weight.n, k = c.weight.k;
-  const int per_word = is_4bit(c.weight.format) ? 8 : 4;
-  Plan plan;
-  plan.words = ceil_div(ceil_div(k, per_word), 16) * 16;  // whole 64 bytes for pack_panel
-  plan.groups = groups(c.weight);
-  plan.words_per_group = ceil_div(c.weight.group_size, per_word);
-  plan.stride = plan.words * per_word;
-  const auto kernel = tile_kernel<S>(c);
+// Columns of a block: whole groups; 12 KiB as they are stored, or 32 KiB of fp32.
+constexpr int64_t block_k(bool integer, WeightFormat format) {
+  return !integer ? 128 : is_4bit(format) ? 384 : 192;
+}
 
-  const int64_t row_size = plan.stride * (c.integer ? 1 : sizeof(float));
-  char* memory = static_cast<char*>(thread_scratch(
-      Scratch::kRows, c.m * (row_size + sizeof(float) + plan.groups * sizeof(int32_t)) + 256));
-  int8_t* integers = take<int8_t>(memory, c.m * row_size);
-  float* floats = reinterpret_cast<float*>(integers);
-  float* scales = take<float>(memory, c.m);
-  int32_t* sums = take<int32_t>(memory, c.m * plan.groups);
-  const Rows rows{integers, floats, sums, scales};
+// Rows [row, row + rows) of x by `panels` panels from `panel` on.
+struct Task {
+  int64_t panel, row, rows;
+  int panels;
+};
 
-  const int64_t tiles = ceil_div(n, Tile::kColumns);
-  const int64_t blocks = ceil_div(c.m, kBlock);
-  const int64_t scale_count = plan.groups * Tile::kColumns;
-  const int64_t tile_size = Tile::kPanels * plan.words * 64 + 2 * 4 * scale_count + 256;
-  const T* x = static_cast<const T*>(c.x);
-  T* out = static_cast<T*>(c.out);
+template <class S, WeightFormat kFormat, bool kInteger>
+struct Product {
+  static constexpr int kPerWord = per_word(kFormat);
+  static constexpr int kPanelVectors = kPanel / S::kLanes;
+  static constexpr int kScaleBytes = is_4bit(kFormat) ? 2 : 4;
+  static constexpr int64_t kBlockK = block_k(kInteger, kFormat);
 
-  // A few rows are prepared by this thread alone: where cores are shared, a barrier more can cost
-  // a time slice.
-#pragma omp parallel for schedule(static) if (c.m * k > 1 << 15)
-  for (int64_t row = 0; row < c.m; ++row)
-    if (c.integer)
-      quantize_row(x + row * k, k, per_word == 8, plan, c.weight.group_size,
-                   integers + row * plan.stride, sums + row * plan.groups, scales + row);
+  const QuantMatmul& call;
+  const Plan& plan;
+  const Rows& rows;
+  float* stage;  // levels of a block: [k][kColumns]
+  float* y;      // [rows of the task][kColumns]
+
+  // `next` is what this thread will run after `task`.
+  void run(const Task& task, const Task& next) const {
+    if (plan.streams)
+      stream(task);
     else
-      widen_row(x + row * k, k, plan, floats + row * plan.stride);
+      blocks(task, next);
+  }
 
-#pragma omp parallel if (c.m * n * k > 1 << 16)
+ private:
+  Weights stored(int64_t panel, int64_t word) const {
+    const uint8_t* words = call.packed + (panel * plan.words + word) * kPanel * 4;
+    return {words,
+            kPanel * 4,
+            plan.words * kPanel * 4,
+            static_cast<const uint8_t*>(call.scales) + panel * plan.groups * kPanel * kScaleBytes,
+            call.zeros ? call.zeros + panel * plan.groups * kPanel : nullptr,
+            plan.groups,
+            words};
+  }
+
+  Weights staged(int64_t panel, int p) const {
+    Weights w = stored(panel + p, 0);
+    w.words = reinterpret_cast<const uint8_t*>(stage + p * kPanel);
+    w.word_stride = kColumns * sizeof(float);
+    w.panel_stride = kPanel * sizeof(float);
+    return w;
+  }
+
+  // Row `row` begins a strip of kStrip rows, of which MR exist.
+  template <int MR, int V, int kStrip, bool kStaged>
+  void tile(const Weights& w, const Part& part, int64_t row, int64_t k, float* out) const {
+    const int64_t x = row * plan.depth + k * kStrip;
+    if constexpr (kInteger)
+      integer_tile<S, MR, V, kFormat, kStrip>(w, part, rows.integers + x,
+                                              rows.offsets + row * plan.groups, out);
+    else
+      float_tile<S, MR, V, kFormat, kStrip, kStaged>(w, part, rows.floats + x, out);
+  }
+
+  template <int MR = S::kStreamRows>
+  void stream(const Task& task) const {
+    if constexpr (MR > 1)
+      if (task.rows < MR) return stream<MR - 1>(task);
+    constexpr int V = S::stream_vectors(MR), kStep = V / kPanelVectors;
+    const Part all{0, plan.groups, plan.words_per_group, plan.words, true};
+    int p = 0;
+    for (; p + kStep <= task.panels; p += kStep)
+      tile<MR, V, MR, false>(stored(task.panel + p, 0), all, task.row, 0, y + p * kPanel);
+    for (; p < task.panels; ++p)
+      tile<MR, kPanelVectors, MR, false>(stored(task.panel + p, 0), all, task.row, 0,
+                                         y + p * kPanel);
+  }
+
+  void blocks(const Task& task, const Task& next) const {
+    constexpr int kSteps = kInteger ? 1 : kPerWord;  // words of a tile per stored word
+    for (int64_t k = 0; k < call.weight.k; k += kBlockK) {
+      const int64_t word = k / kPerWord;
+      const int64_t count = S::min(kBlockK / kPerWord, plan.words - word);
+      if constexpr (kFormat == WeightFormat::kFp8)
+        stage_rows(task, k);
+      else if constexpr (!kInteger)
+        stage_panels(task, word, count);
+      Part part{0, 1, count * kSteps, count * kSteps, k == 0};
+      if (is_4bit(kFormat)) {
+        part.first = k / call.weight.group_size;
+        part.end = S::min(plan.groups, part.first + kBlockK / call.weight.group_size);
+        part.words = plan.words_per_group * kSteps;
+      }
+      const bool last = word + count == plan.words;
+      const Weights following = stored(last ? next.panel : task.panel, last ? 0 : word + count);
+      for (int64_t row = 0; row < task.rows; row += S::kRows)
+        strip(task, part, word, row, k, following);
+    }
+  }
+
+  template <int MR = S::kRows>
+  void strip(const Task& task, const Part& part, int64_t word, int64_t row, int64_t k,
+             const Weights& following) const {
+    if constexpr (MR > 1)
+      if (task.rows - row < MR) return strip<MR - 1>(task, part, word, row, k, following);
+    // with groups, fewer vectors: their sums then stay in registers beside the accumulators
+    constexpr int V = is_4bit(kFormat) && kInteger ? S::kGroupedVectors : S::kVectors;
+    constexpr int kStep = V / kPanelVectors;
+    float* out = y + row * kColumns;
+    int p = 0;
+    for (; p + kStep <= task.panels; p += kStep) {
+      Weights w = kInteger ? stored(task.panel + p, word) : staged(task.panel, p);
+      w.fetch = fetch<V>(task, row, p, w, following);
+      tile<MR, V, S::kRows, true>(w, part, task.row + row, k, out + p * kPanel);
+    }
+    for (; p < task.panels; ++p) {
+      const Weights w = kInteger ? stored(task.panel + p, word) : staged(task.panel, p);
+      tile<MR, kPanelVectors, S::kRows, true>(w, part, task.row + row, k, out + p * kPanel);
+    }
+  }
+
+  // What the tile of V vectors at (row, p) fetches of the block that is next: V / 2 panels or
+  // nothing. The tiles of a block share its panels, so that they arrive as fast as they are used.
+  template <int V>
+  const uint8_t* fetch(const Task& task, int64_t row, int p, const Weights& w,
+                       const Weights& following) const {
+    if constexpr (V < 2 || kFormat == WeightFormat::kFp8) return w.words;
+    const int64_t per_strip = task.panels * kPanelVectors / V, units = task.panels * 2 / V;
+    const int64_t tiles = ceil_div(task.rows, S::kRows) * per_strip;
+    const int64_t tile = row / S::kRows * per_strip + p * kPanelVectors / V;
+    const int64_t unit = ceil_div(tile * units, tiles);
+    if (unit * tiles / units != tile) return w.words;
+    return following.words + unit * (V / 2) * following.panel_stride;
+  }
+
+  void stage_panels(const Task& task, int64_t word, int64_t count) const {
+    const auto levels = S::template levels<kFormat>();
+    for (int p = 0; p < task.panels; ++p) {
+      const Weights w = stored(task.panel + p, word);
+      for (int v = 0; v < kPanelVectors; ++v)
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t offset = v * S::kLanes;
+          const auto raw = S::load_bytes(w.words + i * w.word_stride + offset * 4);
+          float* out = stage + i * kPerWord * kColumns + p * kPanel + offset;
+          auto zero = S::zero();
+          if constexpr (kFormat == WeightFormat::kInt4Asym)
+            zero = S::to_float(load_zeros<S>(w, (word + i) / plan.words_per_group, v));
+          LLMOS_UNROLL for (int step = 0; step < kPerWord; ++step) S::store_floats(
+              out + step * kColumns,
+              S::subtract(S::template decode<kFormat>(raw, step, levels), zero));
+        }
+    }
+  }
+
+  // fp8 is stored in rows, for GPUs.
+  void stage_rows(const Task& task, int64_t k) const {
+    float table[256];
+    for (int code = 0; code < 256; ++code) table[code] = fp8_value(code);
+    const int64_t count = S::min(kBlockK, call.weight.k - k), first = task.panel * kPanel;
+    for (int64_t i = 0; i < task.panels * kPanel; ++i) {
+      const uint8_t* codes = call.packed + (first + i) * call.weight.k + k;
+      for (int64_t j = 0; j < ceil_div(count, kPerWord) * kPerWord; ++j)
+        stage[j * kColumns + i] = first + i < call.weight.n && j < count ? table[codes[j]] : 0.0f;
+    }
+  }
+};
+
+// How the work is cut: enough tasks for every thread, but no thinner than that, because a block of
+// weights pays by the rows that run over it and a strip of x by the columns.
+struct Cut {
+  int64_t rows, row_blocks, tiles;
+  int width;  // panels
+  int64_t panels, m;
+
+  Cut(const QuantMatmul& call, int strip) : panels(ceil_div(call.weight.n, kPanel)), m(call.m) {
+    const int64_t enough = 2 * omp_get_max_threads();
+    rows = m < kBlockRows ? m : kBlockRows;
+    while (rows > 16 * strip && ceil_div(panels, kPanels) * ceil_div(m, rows) < enough)
+      rows = ceil_div(rows, 2 * strip) * strip;
+    row_blocks = ceil_div(m, rows);
+    width = kPanels;
+    while (width > (call.gated ? 2 : 1) && ceil_div(panels, width) * row_blocks < enough)
+      width /= 2;
+    tiles = ceil_div(panels, width);
+  }
+
+  int64_t tasks() const { return tiles * row_blocks; }
+
+  Task task(int64_t index) const {
+    const int64_t panel = index / row_blocks * width, row = index % row_blocks * rows;
+    const int64_t panels_left = panels - panel, rows_left = m - row;
+    return {panel, row, rows < rows_left ? rows : rows_left,
+            static_cast<int>(width < panels_left ? width : panels_left)};
+  }
+};
+
+template <class S, WeightFormat kFormat, bool kInteger, typename T>
+void run_format(const QuantMatmul& call, const Plan& plan, const Rows& rows) {
+  constexpr bool kIntegers = kInteger && !is_4bit(kFormat);
+  const Cut cut(call, S::kRows);
+  const int64_t stage_size = kInteger ? 0 : (block_k(false, kFormat) + kPanel) * kColumns;
+  const int64_t y_size = cut.rows * kColumns;
+  const float* row_scales = is_4bit(kFormat) ? nullptr : static_cast<const float*>(call.scales);
+  std::atomic<int64_t> taken{0};
+
+#pragma omp parallel if (call.m * call.weight.n * call.weight.k > 1 << 16)
   {
-    char* own = static_cast<char*>(thread_scratch(Scratch::kTile, tile_size));
-    Tile tile;
-    tile.panels = take<uint8_t>(own, Tile::kPanels * plan.words * 64);
-    tile.scales = take<float>(own, scale_count);
-    tile.zeros = take<int32_t>(own, scale_count);
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t task = 0; task < tiles * blocks; ++task) {
-      const int64_t first = task / blocks * Tile::kColumns;
-      const int64_t count = S::min(n - first, Tile::kColumns);
-      const int panels = static_cast<int>(ceil_div(count, kPanel));
-      const int64_t end = S::min((task % blocks + 1) * kBlock, c.m);
-      pack_tile<S>(c, plan, first, tile);
-      alignas(64) float y[S::kRows * Tile::kColumns];
-      for (int64_t row = task % blocks * kBlock; row < end; row += S::kRows) {
-        const int mr = static_cast<int>(S::min(end - row, S::kRows));
-        kernel(tile, panels, plan, rows, row, mr, y);
-        for (int m = 0; m < mr; ++m)
-          finish_row(c.activation, y + m * Tile::kColumns, c.bias ? c.bias + first : nullptr, count,
-                     out + (row + m) * n + first);
+    char* own = static_cast<char*>(
+        thread_scratch(Scratch::kTile, (stage_size + y_size) * sizeof(float) + 128));
+    float* stage = take<float>(own, stage_size);
+    float* y = take<float>(own, y_size);
+    const Product<S, kFormat, kInteger> product{call, plan, rows, stage, y};
+    // a thread takes its next task before it runs the present one, to prefetch for it
+    int64_t next = taken++;
+    while (next < cut.tasks()) {
+      const Task task = cut.task(next);
+      next = taken++;
+      product.run(task, cut.task(next < cut.tasks() ? next : 0));
+      for (int64_t row = 0; row < task.rows; ++row) {
+        const float x_scale = kInteger ? rows.scales[task.row + row] : 1.0f;
+        finish_row<T>(call,
+                      Sums{y + row * kColumns, task.panel * kPanel, task.panels * kPanel,
+                           kIntegers, row_scales, x_scale},
+                      task.row + row);
       }
     }
   }
 }
 
-template <class S>
-void run(const QuantMatmul& c) {
-  if (c.bf16)
-    run_typed<S, uint16_t>(c);
+template <class S, bool kInteger, typename T>
+void run_prepared(const QuantMatmul& call, const Plan& plan, const Rows& rows) {
+  using W = WeightFormat;
+  switch (call.weight.format) {
+    case W::kInt8:
+      return run_format<S, W::kInt8, kInteger, T>(call, plan, rows);
+    case W::kInt4:
+      return run_format<S, W::kInt4, kInteger, T>(call, plan, rows);
+    case W::kInt4Asym:
+      return run_format<S, W::kInt4Asym, kInteger, T>(call, plan, rows);
+    default:
+      break;
+  }
+  if constexpr (!kInteger) {
+    if (call.weight.format == W::kNf4)
+      run_format<S, W::kNf4, kInteger, T>(call, plan, rows);
+    else
+      run_format<S, W::kFp8, kInteger, T>(call, plan, rows);
+  }
+}
+
+template <class S, typename T>
+void run_typed(const QuantMatmul& call) {
+  const int64_t m = call.m, k = call.weight.k;
+  const int per = per_word(call.weight.format);
+  Plan plan;
+  plan.words = words(call.weight);
+  plan.groups = groups(call.weight);
+  plan.words_per_group = ceil_div(call.weight.group_size, per);
+  plan.streams = m <= S::kStreamRows && call.weight.format != WeightFormat::kFp8;
+  plan.strip = plan.streams ? m : S::kRows;
+  plan.depth = ceil_div(k, 64) * 64;
+
+  const int64_t strips = ceil_div(m, plan.strip), size = call.integer ? 1 : sizeof(float);
+  char* memory = static_cast<char*>(
+      thread_scratch(Scratch::kRows, strips * plan.strip * plan.depth * size +
+                                         strips * plan.strip * (1 + plan.groups) * 4 + 256));
+  int8_t* integers = take<int8_t>(memory, strips * plan.strip * plan.depth * size);
+  float* floats = reinterpret_cast<float*>(integers);
+  float* scales = take<float>(memory, m);
+  int32_t* offsets = take<int32_t>(memory, strips * plan.strip * plan.groups);
+  const Rows rows{integers, floats, offsets, scales};
+  const T* x = static_cast<const T*>(call.x);
+
+  // A few rows are prepared by this thread alone: where cores are shared, a barrier more can cost
+  // a time slice.
+#pragma omp parallel for schedule(static) if (m * k > 1 << 15)
+  for (int64_t row = 0; row < m; ++row) {
+    const int64_t strip = row / plan.strip, place = row % plan.strip;
+    const int64_t first = strip * plan.strip * plan.depth;
+    if (call.integer)
+      quantize_row(x + row * call.x_stride, call, plan, integers + first + place * 4,
+                   offsets + strip * plan.strip * plan.groups + place, scales + row);
+    else
+      widen_row(x + row * call.x_stride, k, plan, floats + first + place);
+  }
+
+  if (call.integer)
+    run_prepared<S, true, T>(call, plan, rows);
   else
-    run_typed<S, float>(c);
+    run_prepared<S, false, T>(call, plan, rows);
+}
+
+template <class S>
+void run(const QuantMatmul& call) {
+  if (call.bf16)
+    run_typed<S, lanes::bf16>(call);
+  else
+    run_typed<S, float>(call);
 }
 
 }  // namespace

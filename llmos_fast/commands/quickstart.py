@@ -22,7 +22,6 @@ from llmos_fast.training import (
     Checkpoint,
     CsvLog,
     ModelSettings,
-    Quantization,
     Run,
     TokenizerSettings,
     Trainer,
@@ -68,7 +67,7 @@ def _compare_formats(out: Console, run: Run) -> None:
     for scheme in ("int8", "int4"):
         folder = run.folder / f"checkpoint-{scheme}"
         fresh = Checkpoint.load(run.checkpoint_folder)
-        quantized = save_quantized(fresh, Quantization(scheme, _GROUP_SIZE), folder)
+        quantized = save_quantized(fresh, scheme, _GROUP_SIZE, folder)
         rows.append(_format_row(scheme, quantized, folder, run))
     columns = ("weights", "validation perplexity", "size", "tokens/s read")
     print_table(out, "Quantization of the linear layers", columns, rows)

@@ -9,19 +9,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import llmos_fast._C as _C
-from llmos_fast.library import LIBRARY, differentiable, register
+from llmos_fast.library import (
+    LIBRARY,
+    differentiable,
+    is_plain,
+    refusal_of_transforms,
+    register,
+)
 from llmos_fast.native.common import address
-from llmos_fast.quantize import FORMATS, QuantizedWeight, format_of, rounds_activations
-from llmos_fast.reference.quant_matmul import apply_activation
+from llmos_fast.quantize import FORMATS, SCHEMES, QuantizedWeight, format_of, rounds_activations
+from llmos_fast.reference.quant_matmul import finish
 
 try:
     import llmos_fast._CUDA as _CUDA
 except ImportError:
     _CUDA = None
 
-_ACTIVATIONS = {"": 0, "relu": 1, "relu2": 2, "gelu": 3, "gelu_tanh": 4, "silu": 5}
+_ACTIVATIONS = {"": -1, "relu": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 # 127 * 128 * 131072 is the largest sum of products that int32 holds
 _MAX_INTEGER_K = 131072
+
+
+# what a scheme's name means to the kernels: (format, activations are rounded to int8)
+_SCHEMES = {s: (FORMATS.index(format_of(s)), rounds_activations(s)) for s in SCHEMES}
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -34,25 +44,28 @@ def _dequantize(
     zero_points: Tensor | None,
     scheme: str,
     group_size: int,
+    rows: int,
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
     # the tensors are named until the kernel returns: an address alone keeps none of them alive
-    parts = (packed.contiguous(), scales.contiguous(), _contiguous(zero_points))
-    code = FORMATS.index(format_of(scheme))
-    out = torch.empty((packed.shape[0], columns), dtype=dtype, device=packed.device)
-    addresses = [address(part) for part in parts]
+    code, _ = _SCHEMES[scheme]
+    out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
+    shape = (rows, columns, group_size, code)
     if packed.is_cuda:
         assert _CUDA is not None
+        # the CUDA kernel reads fp32 scales
+        parts = (packed.contiguous(), scales.float().contiguous(), _contiguous(zero_points))
+        addresses = [address(part) for part in parts]
         with torch.cuda.device(packed.device):
             stream = torch.cuda.current_stream().cuda_stream
-            _CUDA.dequantize(
-                *addresses, out.data_ptr(), *out.shape, group_size, code, str(dtype)[6:], stream
-            )
+            _CUDA.dequantize(*addresses, out.data_ptr(), *shape, str(dtype)[6:], stream)
         return out
+    parts = (packed.contiguous(), scales.contiguous(), _contiguous(zero_points))
+    addresses = [address(part) for part in parts]
     narrow = dtype == torch.bfloat16
     target = out if narrow or dtype == torch.float32 else out.float()
-    _C.dequantize(*addresses, target.data_ptr(), *out.shape, group_size, code, narrow)
+    _C.dequantize(*addresses, target.data_ptr(), *shape, narrow)
     return target.to(dtype)
 
 
@@ -62,15 +75,16 @@ def _dequantize_fake(
     zero_points: Tensor | None,
     scheme: str,
     group_size: int,
+    rows: int,
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return torch.empty((packed.shape[0], columns), dtype=dtype, device=packed.device)
+    return torch.empty((rows, columns), dtype=dtype, device=packed.device)
 
 
 dequantize = register(
     "dequantize(Tensor packed, Tensor scales, Tensor? zero_points, str scheme, int group_size, "
-    "SymInt columns, ScalarType dtype) -> Tensor",
+    "SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
     _dequantize,
     _dequantize_fake,
 )
@@ -83,35 +97,68 @@ def _quant_matmul(
     scales: Tensor,
     zero_points: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     scheme: str,
     group_size: int,
+    n: int,
     activation: str,
+    gated: bool,
 ) -> Tensor:
     if x.is_cuda:
-        weight = _dequantize(packed, scales, zero_points, scheme, group_size, x.shape[-1], x.dtype)
+        shape = (n, x.shape[-1])
+        weight = _dequantize(packed, scales, zero_points, scheme, group_size, *shape, x.dtype)
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        return apply_activation(y, activation or None)
-    x, packed, scales = x.contiguous(), packed.contiguous(), scales.contiguous()
-    zero_points = _contiguous(zero_points)
-    bias = None if bias is None else bias.float().contiguous()
-    n, k = packed.shape[0], x.shape[-1]
-    out = x.new_empty((*x.shape[:-1], n))
-    if out.numel():
+        return finish(y, activation or None, gated, residual)
+    packed, scales, zero_points = packed.contiguous(), scales.contiguous(), _contiguous(zero_points)
+    rest = (scheme, group_size, n, activation, gated)
+    return _on_cpu(x, packed, scales, zero_points, bias, residual, *rest)
+
+
+def _on_cpu(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scheme: str,
+    group_size: int,
+    n: int,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """As ``_quant_matmul``, for contiguous parts of a weight."""
+    *leading, k = x.shape
+    if len(leading) == 1 and x.stride(1) == 1:
+        m, stride = leading[0], x.stride(0)
+    else:
+        x, stride = x.contiguous(), k
+        m = x.numel() // k
+    if bias is not None:
+        bias = bias.float().contiguous()
+    if residual is not None:
+        residual = residual.contiguous()
+    code, integer = _SCHEMES[scheme]
+    out = x.new_empty((*leading, n // 2 if gated else n))
+    if m:
         _C.quant_matmul(
             x.data_ptr(),
+            stride,
             packed.data_ptr(),
             scales.data_ptr(),
             address(zero_points),
             address(bias),
+            address(residual),
             out.data_ptr(),
-            x.numel() // k,
+            m,
             n,
             k,
             group_size,
-            FORMATS.index(format_of(scheme)),
+            code,
             _ACTIVATIONS[activation],
-            rounds_activations(scheme),
+            integer,
             x.dtype == torch.bfloat16,
+            gated,
         )
     return out
 
@@ -122,40 +169,43 @@ def _quant_matmul_fake(
     scales: Tensor,
     zero_points: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     scheme: str,
     group_size: int,
+    n: int,
     activation: str,
+    gated: bool,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+    return x.new_empty((*x.shape[:-1], n // 2 if gated else n))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scales, zero_points, bias, scheme, group_size, activation = inputs
+    x, packed, scales, zero_points, bias, _, scheme, group_size, n, activation, gated = inputs
     ctx.save_for_backward(packed, scales, zero_points)
-    ctx.scheme, ctx.group_size, ctx.activation = scheme, group_size, activation
-    ctx.columns = x.shape[-1]
+    ctx.scheme, ctx.group_size, ctx.n, ctx.columns = scheme, group_size, n, x.shape[-1]
+    ctx.fused = bool(activation) or gated
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.activation:  # forward() fuses none where gradients are wanted
+    if ctx.fused:  # forward() fuses nothing nonlinear where gradients are wanted
         raise RuntimeError("llmos_fast::quant_matmul: no gradient through a fused activation")
     packed, scales, zero_points = ctx.saved_tensors
     x_gradient = bias_gradient = None
     if ctx.needs_input_grad[0]:
-        weight = dequantize(
-            packed, scales, zero_points, ctx.scheme, ctx.group_size, ctx.columns, gradient.dtype
-        )
+        shape = (ctx.n, ctx.columns, gradient.dtype)
+        weight = dequantize(packed, scales, zero_points, ctx.scheme, ctx.group_size, *shape)
         x_gradient = gradient @ weight
     if ctx.needs_input_grad[4]:
         rows = gradient.reshape(-1, gradient.shape[-1])
         bias_gradient = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return x_gradient, None, None, None, bias_gradient, None, None, None
+    residual_gradient = gradient if ctx.needs_input_grad[5] else None
+    return x_gradient, None, None, None, bias_gradient, residual_gradient, *[None] * 5
 
 
 _operator = differentiable(
     "quant_matmul(Tensor x, Tensor packed, Tensor scales, Tensor? zero_points, Tensor? bias, "
-    "str scheme, int group_size, str activation) -> Tensor",
+    "Tensor? residual, str scheme, int group_size, SymInt n, str activation, bool gated) -> Tensor",
     _quant_matmul,
     _quant_matmul_fake,
     _setup_context,
@@ -165,13 +215,21 @@ LIBRARY.impl("quant_matmul", _quant_matmul, "CUDA")
 
 
 def unsupported(
-    *, x: Tensor, qweight: QuantizedWeight, bias: Tensor | None, activation: str | None
+    *,
+    x: Tensor,
+    qweight: QuantizedWeight,
+    bias: Tensor | None,
+    activation: str | None,
+    gated: bool,
+    residual: Tensor | None,
 ) -> str | None:
     """None, or what the kernels need and what they got."""
+    if (reason := refusal_of_transforms()) is not None:
+        return reason
     if x.dtype == torch.float64:
         return "computes in fp32: it needs float32, bfloat16 or float16, got float64"
     integer = rounds_activations(qweight.scheme)
-    if x.device.type == "cpu":
+    if x.is_cpu:
         if integer and x.shape[-1] > _MAX_INTEGER_K:
             return f"sums in int32: it needs K <= {_MAX_INTEGER_K}, got {x.shape[-1]}"
         return None
@@ -185,24 +243,29 @@ def unsupported(
 
 
 def forward(
-    *, x: Tensor, qweight: QuantizedWeight, bias: Tensor | None, activation: str | None
+    *,
+    x: Tensor,
+    qweight: QuantizedWeight,
+    bias: Tensor | None,
+    activation: str | None,
+    gated: bool,
+    residual: Tensor | None,
 ) -> Tensor:
     """The contract of ``ops.quant_matmul``."""
-    with_gradients = torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    fused = "" if activation is None or with_gradients else activation
+    w = qweight
     # CPU kernels read fp32 and bf16
-    narrow = x.dtype == torch.float16 and x.device.type == "cpu"
-    y: Tensor = _operator(
-        x.float() if narrow else x,
-        qweight.packed,
-        qweight.scales,
-        qweight.zero_points,
-        bias,
-        qweight.scheme,
-        qweight.group_size,
-        fused,
+    narrow = x.dtype == torch.float16 and x.is_cpu
+    if narrow:
+        x, residual = x.float(), None if residual is None else residual.float()
+    inputs = (x, w.packed, w.scales, w.zero_points, bias)
+    rest = (w.scheme, w.group_size, w.shape[0])
+    fused = not torch.is_grad_enabled() or not any(
+        t is not None and t.requires_grad for t in (x, bias, residual)
     )
-    y = apply_activation(y, None if fused else activation)
-    return y.to(x.dtype)
+    y: Tensor
+    if fused:
+        run = _on_cpu if x.is_cpu and is_plain((x, w.packed)) else _operator
+        y = run(*inputs, residual, *rest, activation or "", gated)
+    else:
+        y = finish(_operator(*inputs, None, *rest, "", False), activation, gated, residual)
+    return y.half() if narrow else y

@@ -6,7 +6,12 @@ from llmos_fast.nn.cache import Cache, LayerCache
 from llmos_fast.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from llmos_fast.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from llmos_fast.nn.quant_linear import QuantLinear
-from llmos_fast.nn.quantize_model import QuantizationReport, dequantize_, quantize_
+from llmos_fast.nn.quantize_model import (
+    QuantizationReport,
+    dequantize_,
+    empty_quantized_,
+    quantize_,
+)
 from llmos_fast.nn.transformer import Transformer
 
 __all__ = [
@@ -23,6 +28,7 @@ __all__ = [
     "TransformerEncoderLayer",
     "accelerate",
     "dequantize_",
+    "empty_quantized_",
     "quantize_",
     "restore",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class QuantLinear(nn.Module):
 
     ``packed``, ``scales`` and ``zero_points`` are buffers, ``bias`` a parameter; all of them, and
     the scheme's name as bytes, are in the state_dict, so safetensors can hold it. The weight takes
-    no gradient; x and bias do. ``scales`` stay fp32 when the module is cast. There is no
+    no gradient; x and bias do. ``scales`` keep their dtype when the module is cast. There is no
     ``weight``: use ``qweight``, or ``dequantize()`` for an nn.Linear.
     """
 
@@ -50,30 +51,41 @@ class QuantLinear(nn.Module):
         self.register_buffer("scales", weight.scales)
         self.register_buffer("zero_points", weight.zero_points)
         self.register_parameter("bias", bias)
+        self._qweight = weight
 
     @classmethod
     def from_float(
-        cls, weight: Tensor, bias: Tensor | None, scheme: str, group_size: int = 128
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        scheme: str,
+        group_size: int = 128,
+        method: str = "mse",
     ) -> QuantLinear:
         """Quantize ``weight`` (out_features, in_features); ``bias`` is shared, not copied."""
+        return cls.from_quantized(quantize(weight, scheme, group_size, method), bias)
+
+    @classmethod
+    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None) -> QuantLinear:
+        """A layer of tensors that exist; neither is copied."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias.detach())
-        layer._fill(quantize(weight, scheme, group_size), bias)
+        layer._fill(weight, bias)
         return layer
 
     @property
     def qweight(self) -> QuantizedWeight:
         """The weight as ``ops.quant_matmul`` takes it; the tensors are the module's own."""
-        return QuantizedWeight(
-            self.packed,
-            self.scales,
-            self.zero_points,
-            self.scheme,
-            self.group_size,
-            (self.out_features, self.in_features),
-        )
+        known, packed, scales = self._qweight, self.packed, self.scales
+        zeros = self.zero_points
+        if known.packed is packed and known.scales is scales and known.zero_points is zeros:
+            return known
+        known = replace(known, packed=packed, scales=scales, zero_points=zeros)
+        if not torch.compiler.is_compiling():
+            self._qweight = known
+        return known
 
     def forward(self, x: Tensor) -> Tensor:
         """Float[... in_features] -> Float[... out_features]."""
@@ -117,4 +129,5 @@ class QuantLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scales.dtype != exact.dtype:
             self.scales = exact.to(self.scales.device)
+        self._qweight = self.qweight  # lets go of what the buffers were before
         return self

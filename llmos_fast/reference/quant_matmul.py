@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmos_fast.quantize import QuantizedWeight, rounds_activations
+from llmos_fast.quantize import PANEL, QuantizedWeight, rounds_activations
 from llmos_fast.reference.precision import upcast
 
 
@@ -39,6 +39,8 @@ def quant_matmul(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """As ``llmos_fast.ops.quant_matmul``; the gradient passes through the rounding of x."""
     wide = upcast(x)
@@ -49,7 +51,17 @@ def quant_matmul(
     y = F.linear(wide, qweight.dequantize(wide.dtype))
     if bias is not None:
         y = y + bias.to(y.dtype)
-    return apply_activation(y, activation).to(x.dtype)
+    return finish(y, activation, gated, residual).to(x.dtype)
+
+
+def finish(y: Tensor, activation: str | None, gated: bool, residual: Tensor | None) -> Tensor:
+    """What follows the product and its bias."""
+    if gated:
+        gate, up = y.unflatten(-1, (-1, 2, PANEL)).unbind(-2)
+        y = (apply_activation(gate, activation) * up).flatten(-2)
+    else:
+        y = apply_activation(y, activation)
+    return y if residual is None else y + residual.to(y.dtype)
 
 
 def unsupported(**call: object) -> None:

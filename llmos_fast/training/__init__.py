@@ -1,6 +1,6 @@
 """Training: settings, loop, schedules, evaluation, logs, checkpoints."""
 
-from llmos_fast.training.checkpoint import Checkpoint, Quantization, quantize_linears
+from llmos_fast.training.checkpoint import Checkpoint, Quantization
 from llmos_fast.training.config import TrainingConfig
 from llmos_fast.training.evaluation import perplexity
 from llmos_fast.training.logs import CsvLog, Log, Record, TensorBoardLog, read_log
@@ -35,7 +35,6 @@ __all__ = [
     "load_training_config",
     "perplexity",
     "plot_loss",
-    "quantize_linears",
     "read_log",
     "require_matplotlib",
     "restore_training",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from llmos_fast.data import BytePairTokenizer, Tokenizer, Vocabulary
 from llmos_fast.models import TransformerModel
+from llmos_fast.nn import empty_quantized_
 from llmos_fast.training.storage import (
     current_folder,
     read_json,
@@ -29,10 +28,20 @@ _TOKENIZERS: dict[str, type[Vocabulary] | type[BytePairTokenizer]] = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the linear layers of a model are stored: the arguments of ``llmos_fast.quantize_``."""
+    """How the linear layers of a model are stored.
+
+    layers: schemes, by name, of the layers that have another one than ``scheme``
+    """
 
     scheme: str
     group_size: int
+    layers: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, dict):
+            raise ValueError(
+                f"Quantization: layers must be a dict of schemes by name, got {self.layers!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class Checkpoint:
             )
         try:
             return cls._from_config(folder, config)
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"Checkpoint.load: {folder} is damaged: {error}") from error
 
     @classmethod
@@ -101,13 +110,8 @@ class Checkpoint:
         quantization = None
         if config["quantization"] is not None:
             quantization = Quantization(**config["quantization"])
-            quantize_linears(model, quantization)
+            empty_quantized_(
+                model, quantization.scheme, quantization.group_size, quantization.layers
+            )
         model.load_state_dict(read_tensors(folder / "model.safetensors"))
         return cls(model.eval(), tokenizer, config["text"], config["context"], quantization)
-
-
-def quantize_linears(model: nn.Module, quantization: Quantization) -> None:
-    """Quantize every linear layer of ``model`` in place."""
-    from llmos_fast import quantize_
-
-    quantize_(model, quantization.scheme, group_size=quantization.group_size)

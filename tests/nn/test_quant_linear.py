@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llmos_fast.nn.quant_linear import QuantLinear
-from llmos_fast.nn.quantize_model import dequantize_, quantize_
+from llmos_fast.nn.quantize_model import dequantize_, empty_quantized_, quantize_
 from llmos_fast.quantize import SCHEMES, quantize
 
 
@@ -59,8 +59,8 @@ def test_a_state_dict_of_another_scheme_is_refused():
 
 def test_scales_that_are_not_finite_are_refused():
     layer = QuantLinear.from_float(torch.randn(4, 64), None, "int8")
-    state = layer.state_dict()
-    state["scales"] = torch.full((4, 1), float("nan"))
+    state = copy.deepcopy(layer.state_dict())
+    state["scales"][0, 0, :4] = float("nan")
     with pytest.raises(ValueError, match="scales must be finite, got 4 of inf or NaN"):
         layer.load_state_dict(state)
 
@@ -70,6 +70,8 @@ def test_casting_keeps_the_scales():
     scales = layer.scales.clone()
     layer.to(torch.bfloat16)
     assert torch.equal(layer.scales, scales)
+    assert layer.double().scales.dtype == torch.bfloat16
+    layer.to(torch.bfloat16)
     assert layer.bias.dtype == torch.bfloat16
     assert layer(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
@@ -87,9 +89,10 @@ def test_report_adds_up():
     report = quantize_(net, "int8")
     assert [layer.name for layer in report.layers] == ["0", "2"]
     assert report.bytes_before == 4 * (70 * 40 + 40 + 40 * 9)
-    assert report.bytes_after == 70 * 40 + 4 * 40 + 4 * 40 + 40 * 9 + 4 * 9
+    # panels of 16 rows, words of 4 columns: 48 x 72 and 16 x 40 codes
+    assert report.bytes_after == 72 * 48 + 4 * 48 + 4 * 40 + 40 * 16 + 4 * 16
     assert all(0 < layer.error < 0.01 for layer in report.layers)
-    assert "2 weights; the model went from 0.013 to 0.004 MB" in str(report)
+    assert "model went from 0.013 to 0.005 MB" in str(report)
 
 
 def test_skip_takes_patterns():
@@ -98,6 +101,23 @@ def test_skip_takes_patterns():
     assert isinstance(net["encoder"][0], nn.Linear)
     assert isinstance(net["head"], QuantLinear)
     assert report.notes == [f"encoder.{i} is left as it is: named in skip" for i in (0, 2)]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4_asym", "nf4", "fp8"])
+def test_a_skeleton_takes_a_state_dict_with_mixed_schemes(scheme):
+    quantized = model()
+    quantize_(quantized, scheme, 32, skip=["2"])
+    quantized[2] = QuantLinear.from_float(quantized[2].weight, None, "int8_a16")
+    skeleton = model()
+    empty_quantized_(skeleton, scheme, 32, {"2": "int8_a16"})
+    skeleton.load_state_dict(quantized.state_dict())
+    for ours, theirs in zip(skeleton.modules(), quantized.modules(), strict=True):
+        if isinstance(ours, QuantLinear):
+            assert torch.equal(ours.qweight.dequantize(), theirs.qweight.dequantize())
+    with pytest.raises(ValueError, match="schemes must name layers, got 7"):
+        empty_quantized_(model(), scheme, 32, {"7": "int8"})
+    with pytest.raises(ValueError, match=r"scheme must be one of .*, got 'int3'"):
+        empty_quantized_(model(), scheme, 32, {"2": "int3"})
 
 
 def test_a_tied_embedding_stays_float():

@@ -1,12 +1,13 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-import llmos_fast
 from llmos_fast.data import train_byte_pair
 from llmos_fast.models import TransformerModel
-from llmos_fast.training import Checkpoint, Quantization, quantize_linears
+from llmos_fast.nn import QuantLinear, quantize_
+from llmos_fast.training import Checkpoint, Quantization
 
 TOKENS = torch.tensor([[2, 3, 4, 5]])
 
@@ -76,21 +77,56 @@ def test_wrong_config(checkpoint, tmp_path, change):
         Checkpoint.load(tmp_path / "c")
 
 
-def test_quantized(checkpoint, tmp_path, monkeypatch):
-    """The skeleton is quantized before the weights are read."""
-    calls = []
+def quantized(checkpoint, **arguments):
+    report = quantize_(checkpoint.model, "int4", 32, **arguments)
+    others = {layer.name: layer.scheme for layer in report.layers if layer.scheme != "int4"}
+    return replace(checkpoint, quantization=Quantization("int4", 32, others))
 
-    def quantize_(model, scheme, group_size):
-        calls.append((scheme, group_size))
-        model.decoder.weight.data = model.decoder.weight.data.half()
 
-    monkeypatch.setattr(llmos_fast, "quantize_", quantize_, raising=False)
-    quantization = Quantization("int8", 32)
-    quantize_linears(checkpoint.model, quantization)
-    Checkpoint(checkpoint.model, checkpoint.tokenizer, "wikitext-2", 5, quantization).save(
-        tmp_path / "c"
-    )
+@pytest.mark.parametrize("mixed", [False, True], ids=["one scheme", "mixed"])
+def test_quantized(checkpoint, tmp_path, mixed):
+    tokens = torch.arange(8)[None]
+    arguments = {"calibration": [tokens], "bits": 12.0} if mixed else {}
+    saved = quantized(checkpoint, **arguments)
+    saved.save(tmp_path / "c")
     loaded = Checkpoint.load(tmp_path / "c")
-    assert calls == [("int8", 32)] * 2
-    assert loaded.quantization == quantization
-    assert loaded.model.decoder.weight.dtype == torch.float16
+    assert loaded.quantization == saved.quantization
+    assert bool(loaded.quantization.layers) == mixed
+    schemes = {m.scheme for m in loaded.model.modules() if isinstance(m, QuantLinear)}
+    assert schemes == ({"int4", "int8"} if mixed else {"int4"})
+    assert torch.equal(loaded.model(tokens), saved.model.eval()(tokens))
+
+
+def test_quantized_before_layers_had_schemes_of_their_own(checkpoint, tmp_path):
+    quantized(checkpoint).save(tmp_path / "c")
+    path = tmp_path / "c" / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization"]["layers"]
+    path.write_text(json.dumps(config))
+    assert Checkpoint.load(tmp_path / "c").quantization == Quantization("int4", 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": {"decoder": "int3"}}, "scheme must be one of"),
+        ({"layers": {"nobody": "int8"}}, "schemes must name layers, got nobody"),
+        ({"layers": {"decoder": "int8"}}, "must hold int8, got int4"),
+        ({"layers": ["decoder"]}, "layers must be a dict"),
+        ({"layers": {"decoder": 8}}, "scheme must be one of"),
+        ({"layers": None}, "layers must be a dict"),
+        ({"scheme": "nf4"}, "must hold nf4, got int4"),
+        ({"group_size": 48}, "group_size must be 32, 64 or 128, got 48"),
+        ({"group_size": "32"}, "group_size must be 32, 64 or 128, got '32'"),
+        ({"bits": 4}, "damaged"),
+    ],
+    ids=str,
+)
+def test_damaged_quantization_is_refused(checkpoint, tmp_path, change, message):
+    quantized(checkpoint).save(tmp_path / "c")
+    path = tmp_path / "c" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        Checkpoint.load(tmp_path / "c")

@@ -1,0 +1,87 @@
+// Rows of x as the kernels read them. Include it inside a target region.
+#pragma once
+
+namespace llmos {
+namespace {
+
+// Lengths of one call. A word is what quant_formats.h calls one: 4 or 8 weights of a row.
+struct Plan {
+  int64_t words;            // of a weight row
+  int64_t words_per_group;  // the last group may have fewer
+  int64_t groups;
+  bool streams;   // few rows: weights are read as they are stored
+  int64_t strip;  // rows of x that lie interleaved
+  int64_t depth;  // k, filled up with zeros to whole cache lines
+};
+
+// Prepared rows lie in strips, so that a register tile reads one stream from front to back:
+// integers [strip][depth / 4][row][4], floats [strip][depth][row]; the last strip may be short.
+// integers: int8 with a scale per row; offsets: [strip][groups][row], the sum of a group's integers
+// times -code(0), which turns a sum over codes into one over levels; -1 stands for code(0) where
+// every group has a zero point of its own.
+struct Rows {
+  const int8_t* integers;
+  const float* floats;
+  const int32_t* offsets;
+  const float* scales;
+};
+
+inline int32_t offset_factor(WeightFormat format) {
+  return format == WeightFormat::kInt8 ? -128 : format == WeightFormat::kInt4 ? -8 : -1;
+}
+
+// One row into its place in a strip: `out` is its first word.
+template <typename T>
+void quantize_row(const T* x, const QuantMatmul& call, const Plan& plan, int8_t* out,
+                  int32_t* offsets, float* scale) {
+  using lanes::F, lanes::I, lanes::U;
+  using Bytes = int8_t __attribute__((vector_size(16)));
+  const int64_t k = call.weight.k, group_size = call.weight.group_size;
+  U most = {};  // bits of |x|: integer order is float order, with inf and NaN on top
+  for (int64_t i = 0; i < k; i += lanes::kLanes) {
+    const U magnitude = lanes::as_bits(lanes::load(x + i, k - i)) & 0x7fffffffu;
+    most = magnitude > most ? magnitude : most;
+  }
+  uint32_t largest = 0;
+  for (int i = 0; i < lanes::kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
+  const bool finite = largest < 0x7f800000;
+  const float amax = float_of(largest) < 1e-30f ? 1e-30f : float_of(largest);
+  const float inverse = finite ? 127.0f / amax : 0.0f;
+  *scale = finite ? amax / 127.0f : float_of(0x7fc00000);
+
+  const int32_t factor = offset_factor(call.weight.format);
+  const F magic = lanes::splat(12582912.0f);  // 1.5 * 2^23: adding it rounds half to even
+  I sum = {};
+  for (int64_t i = 0; i < plan.depth; i += lanes::kLanes) {
+    I integers = {};
+    if (i < k) {
+      F scaled = lanes::load(x + i, k - i) * inverse;
+      asm("" : "+m"(scaled));  // a fused multiply-add would round once, and some ties elsewhere
+      integers = (I)(scaled + magic) - 0x4b400000;
+    }
+    const Bytes bytes = __builtin_convertvector(integers, Bytes);
+    for (int j = 0; j < lanes::kLanes; j += 4)
+      std::memcpy(out + (i + j) * plan.strip, reinterpret_cast<const char*>(&bytes) + j, 4);
+    sum += integers;
+    // a group is a multiple of 32, or the whole row
+    const int64_t end = i + lanes::kLanes;
+    if (i < k && (end % group_size == 0 || end >= k)) {
+      int32_t total = 0;
+      for (int j = 0; j < lanes::kLanes; ++j) total += sum[j];
+      offsets[i / group_size * plan.strip] = total * factor;
+      sum = I{};
+    }
+  }
+}
+
+template <typename T>
+void widen_row(const T* x, int64_t k, const Plan& plan, float* out) {
+  for (int64_t i = 0; i < plan.depth; i += lanes::kLanes) {
+    lanes::F values = {};
+    if (i < k) values = lanes::load(x + i, k - i);
+    for (int j = 0; j < lanes::kLanes; ++j) out[(i + j) * plan.strip] = values[j];
+  }
+}
+
+}  // namespace
+}  // namespace llmos

@@ -1,0 +1,167 @@
+"""torch.nn.Embedding with a quantized, frozen table."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from llmos_fast.formats import FOUR_BIT, levels_of_codes
+from llmos_fast.nn.quant_linear import QuantLinear
+from llmos_fast.nn.quantized_module import QuantizedModule
+from llmos_fast.quantize import PANEL, QuantizedWeight, empty, format_of, quantize
+
+# Byte j of a word of 4-bit codes holds k = j in its low and k = 4 + j in its high half.
+_SHIFTS = (0, 8, 16, 24, 4, 12, 20, 28)
+
+
+class QuantEmbedding(QuantizedModule):
+    """Rows of a table of shape (num_embeddings, embedding_dim) in a scheme of ``quantize``.
+
+    ids: Int[...] -> Float[... embedding_dim], the values of ``qweight.dequantize()[ids]``; only
+    those rows are read. Schemes with and without "_a16" mean the same here.
+
+    The result has the module's ``dtype``, which follows casts (``module.bfloat16()``). The table
+    takes no gradient, so ``padding_idx`` is only kept for ``dequantize``. There is no ``weight``.
+    The state_dict is that of ``QuantizedModule``.
+    """
+
+    like: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        scheme: str = "int8",
+        group_size: int = 128,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        """A table of 0, to be filled by ``load_state_dict``; ``from_float`` quantizes one."""
+        super().__init__()
+        table = empty((num_embeddings, embedding_dim), scheme, group_size, device)
+        self._fill(table, padding_idx, dtype or torch.get_default_dtype())
+
+    def _fill(self, table: QuantizedWeight, padding_idx: int | None, dtype: torch.dtype) -> None:
+        self._store(table)
+        self.num_embeddings, self.embedding_dim = table.shape
+        self.padding_idx = padding_idx
+        self.tied: tuple[QuantLinear, ...] = ()
+        empty_like = torch.empty(0, dtype=dtype, device=table.device)
+        self.register_buffer("like", empty_like, persistent=False)
+
+    @classmethod
+    def from_float(
+        cls, embedding: nn.Embedding, scheme: str, group_size: int = 128, method: str = "mse"
+    ) -> Self:
+        """Quantize the table of ``embedding``.
+
+        Raises ValueError for max_norm, which changes the table, for scale_grad_by_freq and sparse,
+        which are about its gradient, and where ``quantize`` does.
+        """
+        reason = refusal(embedding)
+        if reason is not None:
+            raise ValueError(f"QuantEmbedding: embedding must not {reason}")
+        table = quantize(embedding.weight, scheme, group_size, method)
+        return cls.from_quantized(table, embedding.padding_idx, embedding.weight.dtype)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        table: QuantizedWeight,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """A module of tensors that exist; they are not copied."""
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._fill(table, padding_idx, dtype)
+        return module
+
+    def tie(self, linear: QuantLinear) -> None:
+        """Let ``linear``, an output projection, read this table from now on, on any device."""
+        self.tied = (*self.tied, linear)
+        self._share()
+
+    def _share(self) -> None:
+        for linear in self.tied:
+            linear.packed, linear.scales = self.packed, self.scales
+            linear.zero_points = self.zero_points
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the result."""
+        return self.like.dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Int[...], int32 or int64 -> Float[... embedding_dim].
+
+        Raises ValueError for another dtype, IndexError for ids outside of [0, num_embeddings);
+        where that would wait for a device or break a graph, the device asserts it.
+        """
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"QuantEmbedding: ids must be int32 or int64, got {ids.dtype}")
+        rows = ids.reshape(-1).long()
+        if rows.numel():
+            self._check_range(rows)
+        return _rows(self.qweight, rows, self.dtype).unflatten(0, ids.shape)
+
+    def _check_range(self, ids: Tensor) -> None:
+        low, high = ids.aminmax()
+        if ids.is_cpu and not torch.compiler.is_compiling():
+            for value in (int(low), int(high)):
+                if not 0 <= value < self.num_embeddings:
+                    rule = f"be in [0, {self.num_embeddings})"
+                    raise IndexError(f"QuantEmbedding: ids must {rule}, got {value}")
+            return
+        torch._assert_async((low >= 0) & (high < self.num_embeddings))
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """An nn.Embedding with the rounded table, in ``dtype`` or else the module's."""
+        table = self.qweight.dequantize(dtype or self.dtype)
+        embedding = nn.Embedding(*table.shape, padding_idx=self.padding_idx, _weight=table)
+        return embedding.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Shape and scheme, as printed."""
+        group = f", group_size={self.group_size}" if self.group_size != self.embedding_dim else ""
+        padding = f", padding_idx={self.padding_idx}" if self.padding_idx is not None else ""
+        shape = f"{self.num_embeddings}, {self.embedding_dim}"
+        return f"{shape}{padding}, scheme={self.scheme}{group}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._share()
+        return self
+
+
+def refusal(embedding: nn.Embedding) -> str | None:
+    """What a frozen table cannot do for ``embedding``; None where it can replace it."""
+    if embedding.max_norm is not None:
+        return f"have max_norm, got {embedding.max_norm}"
+    for option in ("scale_grad_by_freq", "sparse"):
+        if getattr(embedding, option):
+            return f"have {option}, got True"
+    return None
+
+
+def _rows(table: QuantizedWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """(ids, K): ``table.dequantize(dtype)[ids]``, of which no other row is read."""
+    name, (_, k) = format_of(table.scheme), table.shape
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    where = (ids,) if name == "fp8" else (ids // PANEL, slice(None), ids % PANEL)
+    scales = table.scales[where].to(compute)
+    zeros = None if table.zero_points is None else table.zero_points[where].to(compute)
+    if name not in FOUR_BIT:
+        codes = table.packed[where].flatten(1)[:, :k]
+        return (levels_of_codes(name, codes, zeros, compute) * scales).to(dtype)
+    words = table.packed.view(torch.int32).squeeze(-1)[where]
+    shifts = torch.tensor(_SHIFTS, dtype=torch.int32, device=ids.device)
+    codes = ((words.unsqueeze(-1) >> shifts) & 15).flatten(1)
+    group = table.group_size
+    codes = nn.functional.pad(codes, (0, scales.shape[1] * group - codes.shape[1]))
+    zeros = None if zeros is None else zeros.unsqueeze(-1)
+    levels = levels_of_codes(name, codes.unflatten(1, (-1, group)), zeros, compute)
+    return (levels * scales.unsqueeze(-1)).flatten(1)[:, :k].to(dtype)
