@@ -30,7 +30,7 @@ struct Avx2 {
   static constexpr int kVectors = 2;
   static constexpr int kGroupedVectors = 2;
   static constexpr int kStreamRows = 4;
-  static constexpr int stream_vectors(int rows) { return rows == 1 ? 4 : 2; }
+  static constexpr int stream_vectors(int rows, bool) { return rows == 1 ? 4 : 2; }
 
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
   static F zero() { return _mm256_setzero_ps(); }

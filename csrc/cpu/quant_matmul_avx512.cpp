@@ -32,7 +32,7 @@ struct Avx512 {
   static constexpr int kVectors = 4;
   static constexpr int kGroupedVectors = 2;
   static constexpr int kStreamRows = 8;
-  static constexpr int stream_vectors(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+  static constexpr int stream_vectors(int rows, bool grouped) { return rows <= 4 || !grouped ? 4 : 1; }
 
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
   static F zero() { return _mm512_setzero_ps(); }

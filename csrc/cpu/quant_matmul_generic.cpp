@@ -26,7 +26,7 @@ struct Generic {
   static constexpr int kVectors = 1;
   static constexpr int kGroupedVectors = 1;
   static constexpr int kStreamRows = 2;
-  static constexpr int stream_vectors(int) { return 1; }
+  static constexpr int stream_vectors(int, bool) { return 1; }
 
   template <typename T, typename Of>
   static Array<T> each(Of of) {

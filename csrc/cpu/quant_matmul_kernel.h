@@ -29,10 +29,8 @@ inline T* take(char*& memory, int64_t count) {
   return taken;
 }
 
-// Columns of a block: whole groups; 12 KiB as they are stored, or 32 KiB of fp32.
-constexpr int64_t block_k(bool integer, WeightFormat format) {
-  return !integer ? 128 : is_4bit(format) ? 384 : 192;
-}
+// Columns of a block: whole groups; up to 24 KiB as they are stored, or 32 KiB of fp32.
+constexpr int64_t block_k(bool integer) { return integer ? 384 : 128; }
 
 // Rows [row, row + rows) of x by `panels` panels from `panel` on.
 struct Task {
@@ -40,12 +38,12 @@ struct Task {
   int panels;
 };
 
-template <class S, WeightFormat kFormat, bool kInteger>
+template <class S, WeightFormat kFormat, bool kInteger, typename T>
 struct Product {
   static constexpr int kPerWord = per_word(kFormat);
   static constexpr int kPanelVectors = kPanel / S::kLanes;
   static constexpr int kScaleBytes = is_4bit(kFormat) ? 2 : 4;
-  static constexpr int64_t kBlockK = block_k(kInteger, kFormat);
+  static constexpr int64_t kBlockK = block_k(kInteger);
 
   const QuantMatmul& call;
   const Plan& plan;
@@ -86,8 +84,8 @@ struct Product {
   void tile(const Weights& w, const Part& part, int64_t row, int64_t k, float* out) const {
     const int64_t x = row * plan.depth + k * kStrip;
     if constexpr (kInteger)
-      integer_tile<S, MR, V, kFormat, kStrip>(w, part, rows.integers + x,
-                                              rows.offsets + row * plan.groups, out);
+      integer_tile<S, MR, V, kFormat, kStrip, !kStaged>(w, part, rows.integers + x,
+                                                        rows.offsets + row * plan.groups, out);
     else
       float_tile<S, MR, V, kFormat, kStrip, kStaged>(w, part, rows.floats + x, out);
   }
@@ -96,7 +94,7 @@ struct Product {
   void stream(const Task& task) const {
     if constexpr (MR > 1)
       if (task.rows < MR) return stream<MR - 1>(task);
-    constexpr int V = S::stream_vectors(MR), kStep = V / kPanelVectors;
+    constexpr int V = S::stream_vectors(MR, is_4bit(kFormat)), kStep = V / kPanelVectors;
     const Part all{0, plan.groups, plan.words_per_group, plan.words, true};
     int p = 0;
     for (; p + kStep <= task.panels; p += kStep)
@@ -104,6 +102,7 @@ struct Product {
     for (; p < task.panels; ++p)
       tile<MR, kPanelVectors, MR, false>(stored(task.panel + p, 0), all, task.row, 0,
                                          y + p * kPanel);
+    finish(task, 0, MR);
   }
 
   void blocks(const Task& task, const Task& next) const {
@@ -123,8 +122,23 @@ struct Product {
       }
       const bool last = word + count == plan.words;
       const Weights following = stored(last ? next.panel : task.panel, last ? 0 : word + count);
-      for (int64_t row = 0; row < task.rows; row += S::kRows)
+      for (int64_t row = 0; row < task.rows; row += S::kRows) {
         strip(task, part, word, row, k, following);
+        // while its sums are at hand, and the stores wait for memory beside the next products
+        if (last) finish(task, row, S::min(S::kRows, task.rows - row));
+      }
+    }
+  }
+
+  void finish(const Task& task, int64_t row, int64_t count) const {
+    constexpr bool kIntegers = kInteger && !is_4bit(kFormat);
+    const float* row_scales = is_4bit(kFormat) ? nullptr : static_cast<const float*>(call.scales);
+    for (int64_t end = row + count; row < end; ++row) {
+      const float x_scale = kInteger ? rows.scales[task.row + row] : 1.0f;
+      finish_row<T>(call,
+                    Sums{y + row * kColumns, task.panel * kPanel, task.panels * kPanel, kIntegers,
+                         row_scales, x_scale},
+                    task.row + row);
     }
   }
 
@@ -226,11 +240,9 @@ struct Cut {
 
 template <class S, WeightFormat kFormat, bool kInteger, typename T>
 void run_format(const QuantMatmul& call, const Plan& plan, const Rows& rows) {
-  constexpr bool kIntegers = kInteger && !is_4bit(kFormat);
   const Cut cut(call, S::kRows);
-  const int64_t stage_size = kInteger ? 0 : (block_k(false, kFormat) + kPanel) * kColumns;
+  const int64_t stage_size = kInteger ? 0 : (block_k(false) + kPanel) * kColumns;
   const int64_t y_size = cut.rows * kColumns;
-  const float* row_scales = is_4bit(kFormat) ? nullptr : static_cast<const float*>(call.scales);
   std::atomic<int64_t> taken{0};
 
 #pragma omp parallel if (call.m * call.weight.n * call.weight.k > 1 << 16)
@@ -239,20 +251,13 @@ void run_format(const QuantMatmul& call, const Plan& plan, const Rows& rows) {
         thread_scratch(Scratch::kTile, (stage_size + y_size) * sizeof(float) + 128));
     float* stage = take<float>(own, stage_size);
     float* y = take<float>(own, y_size);
-    const Product<S, kFormat, kInteger> product{call, plan, rows, stage, y};
+    const Product<S, kFormat, kInteger, T> product{call, plan, rows, stage, y};
     // a thread takes its next task before it runs the present one, to prefetch for it
     int64_t next = taken++;
     while (next < cut.tasks()) {
       const Task task = cut.task(next);
       next = taken++;
       product.run(task, cut.task(next < cut.tasks() ? next : 0));
-      for (int64_t row = 0; row < task.rows; ++row) {
-        const float x_scale = kInteger ? rows.scales[task.row + row] : 1.0f;
-        finish_row<T>(call,
-                      Sums{y + row * kColumns, task.panel * kPanel, task.panels * kPanel,
-                           kIntegers, row_scales, x_scale},
-                      task.row + row);
-      }
     }
   }
 }

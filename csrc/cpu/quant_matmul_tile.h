@@ -8,6 +8,9 @@ namespace {
 // Accumulators stay in registers only where every loop over them is unrolled.
 #define LLMOS_UNROLL _Pragma("GCC unroll 8")
 
+// Bytes that a stream of weights is fetched ahead: hardware stops at the end of every 4 KiB page.
+constexpr int64_t kAhead = 2048;
+
 constexpr int kPanels = 4;                   // a task covers at most
 constexpr int kColumns = kPanels * kPanel;   // columns
 
@@ -55,7 +58,7 @@ inline typename S::I load_zeros(const Weights& w, int64_t group, int v) {
 // y[MR][kColumns] for int8 activations; words and x (a strip of kStrip rows) begin where the part
 // begins. Formats with one scale per row give the exact integers
 // (as int32); the others apply the scales of their groups and give fp32.
-template <class S, int MR, int V, WeightFormat kFormat, int kStrip>
+template <class S, int MR, int V, WeightFormat kFormat, int kStrip, bool kStreams>
 void integer_tile(const Weights& w, const Part& part, const int8_t* x, const int32_t* offsets,
                   float* y) {
   using I = typename S::I;
@@ -88,8 +91,11 @@ void integer_tile(const Weights& w, const Part& part, const int8_t* x, const int
       const uint8_t* p = w.words + word * w.word_stride;
       I raw[V];
       LLMOS_UNROLL for (int v = 0; v < V; ++v) {
-        raw[v] = S::load_bytes(p + vector_offset<S>(v, 4, w.panel_stride));
-        if (v % 2 == 0)
+        const uint8_t* source = p + vector_offset<S>(v, 4, w.panel_stride);
+        raw[v] = S::load_bytes(source);
+        if (kStreams && MR > 2)
+          __builtin_prefetch(source + kAhead);
+        else if (v % 2 == 0)
           __builtin_prefetch(w.fetch + word * w.word_stride + v / 2 * w.panel_stride);
       }
       LLMOS_UNROLL for (int step = 0; step < kSteps; ++step) {
