@@ -46,12 +46,13 @@ void dequantize_rows(const WeightShape& shape, const uint8_t* packed, const void
 }  // namespace
 
 void quant_matmul(const QuantMatmul& call) {
+  static const QuantMatmulKernels* const tables[] = {
 #if defined(__x86_64__)
-  static const QuantMatmulKernels* const tables[] = {&quant_matmul_avx512, &quant_matmul_avx2,
-                                                     &quant_matmul_generic};
-#else
-  static const QuantMatmulKernels* const tables[] = {&quant_matmul_generic};
+      &quant_matmul_avx512_bf16, &quant_matmul_avx512, &quant_matmul_avx2,
+#elif defined(__aarch64__)
+      &quant_matmul_neon_i8mm, &quant_matmul_neon_dotprod,
 #endif
+      &quant_matmul_generic};
   choose(tables).run(call);
 }
 

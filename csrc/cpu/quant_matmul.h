@@ -17,7 +17,8 @@ namespace llmos {
 // gated: panels 0, 2, .. are a gate and 1, 3, .. its partner; weight.n is a multiple of 32, and
 //        y = activation(x G^T + bias_g) (x U^T + bias_u) + residual
 //
-// integer = false:  sums over scale[n, g] level(W[n, k]) x[m, k] in fp32
+// integer = false:  sums over scale[n, g] level(W[n, k]) x[m, k] in fp32; where x is bf16 and the CPU
+//                   multiplies that, levels too are rounded to bf16, which changes kNf4 only
 // integer = true:   the same with x replaced by s q, where, in fp32,
 //                   a = max(max_k |x[m, k]|, 1e-30), s = a / 127, q = round_half_even(x (127 / a));
 //                   sums over a group are exact. A row with a non-finite x gives NaN.
@@ -52,6 +53,10 @@ extern const QuantMatmulKernels quant_matmul_generic;
 #if defined(__x86_64__)
 extern const QuantMatmulKernels quant_matmul_avx2;
 extern const QuantMatmulKernels quant_matmul_avx512;
+extern const QuantMatmulKernels quant_matmul_avx512_bf16;
+#elif defined(__aarch64__)
+extern const QuantMatmulKernels quant_matmul_neon_dotprod;
+extern const QuantMatmulKernels quant_matmul_neon_i8mm;
 #endif
 
 void quant_matmul(const QuantMatmul& call);

@@ -3,11 +3,7 @@
 
 #include <immintrin.h>
 
-#include <cstring>
-
-#include "cpu/dispatch.h"
-#include "cpu/quant_matmul.h"
-#include "cpu/target.h"
+#include "cpu/quant_matmul_prelude.h"
 
 LLMOS_TARGET_BEGIN("avx2,fma")
 
@@ -31,6 +27,7 @@ struct Avx2 {
   static constexpr int kGroupedVectors = 2;
   static constexpr int kStreamRows = 4;
   static constexpr int stream_vectors(int rows, bool) { return rows == 1 ? 4 : 2; }
+  static constexpr bool kPairs = false;
 
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
   static F zero() { return _mm256_setzero_ps(); }

@@ -1,19 +1,16 @@
-// AVX-512 with VNNI: 16 columns to a register, vpdpbusd takes unsigned codes times signed x.
+// AVX-512 with VNNI.
 #if defined(__x86_64__)
 
 // GCC 12 warns about its own AVX-512 header (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
-#include <cstring>
-
-#include "cpu/dispatch.h"
-#include "cpu/quant_matmul.h"
-#include "cpu/target.h"
+#include "cpu/quant_matmul_prelude.h"
 
 LLMOS_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
 
 #include "cpu/bf16.h"
+#include "cpu/quant_matmul_avx512.h"
 #include "cpu/quant_matmul_epilogue.h"
 #include "cpu/quant_matmul_rows.h"
 #include "cpu/quant_matmul_tile.h"
@@ -21,90 +18,6 @@ LLMOS_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefe
 #include "cpu/quant_matmul_kernel.h"
 
 namespace llmos {
-namespace {
-
-struct Avx512 {
-  using I = __m512i;
-  using F = __m512;
-  static constexpr int kLanes = 16;
-  static constexpr int kRegisters = 32;
-  static constexpr int kRows = 6;  // 24 accumulators + 4 weights + 1 x of 32 registers
-  static constexpr int kVectors = 4;
-  static constexpr int kGroupedVectors = 2;
-  static constexpr int kStreamRows = 8;
-  static constexpr int stream_vectors(int rows, bool grouped) { return rows <= 4 || !grouped ? 4 : 1; }
-
-  static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-  static F zero() { return _mm512_setzero_ps(); }
-  static F broadcast(float value) { return _mm512_set1_ps(value); }
-  static F load_floats(const float* p) { return _mm512_loadu_ps(p); }
-  static void store_floats(float* p, F v) { _mm512_storeu_ps(p, v); }
-  static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
-  static F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
-  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
-  static F load_bf16(const uint8_t* p) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-  }
-  static I load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
-  static void store_ints(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
-  static I load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static void store_bytes(uint8_t* p, I v) { _mm512_storeu_si512(p, v); }
-  static I widen_bytes(const uint8_t* p) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  static I broadcast_int(int32_t value) { return _mm512_set1_epi32(value); }
-  static I multiply(I a, int32_t b) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(b)); }
-  static I low_nibbles(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-  static I high_nibbles(I v) { return low_nibbles(_mm512_srli_epi32(v, 4)); }
-
-  static I broadcast_word(const int8_t* p) {
-    int32_t word;
-    std::memcpy(&word, p, 4);
-    return _mm512_set1_epi32(word);
-  }
-
-  template <bool k4Bit>
-  static I dot(I acc, I weights, I x) {
-    // not _mm512_dpbusd_epi32: GCC 12 copies and spills its accumulators, at half the speed
-    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(x));
-    return acc;
-  }
-
-  // vpermps reads the low four bits of an index only: a 4-bit code needs no mask.
-  template <WeightFormat kFormat>
-  static F levels() {
-    alignas(64) float table[16];
-    for (int code = 0; code < 16; ++code)
-      table[code] = is_4bit(kFormat) ? level_of(kFormat, code, 0) : 0.0f;
-    return _mm512_load_ps(table);
-  }
-
-  // Weight i of every word.
-  template <WeightFormat kFormat>
-  static F decode(I raw, int i, F levels) {
-    if constexpr (is_4bit(kFormat)) {
-      return _mm512_permutexvar_ps(_mm512_srl_epi32(raw, _mm_cvtsi32_si128(nibble_shift(i))), levels);
-    } else {
-      const I code = _mm512_srl_epi32(raw, _mm_cvtsi32_si128(8 * i));
-      if constexpr (kFormat == WeightFormat::kInt8) {
-        // code + 2^23 as float by setting the bits of 2^23 above it; then minus (2^23 + 128)
-        const I bits = _mm512_ternarylogic_epi32(code, _mm512_set1_epi32(255),
-                                                 _mm512_set1_epi32(0x4b000000), 0xea);
-        return _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(8388736.0f));
-      } else {
-        // exponent and mantissa moved to a float's place leave its exponent 120 too low
-        const I magnitude = _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x7f)), 20);
-        const I bits = _mm512_ternarylogic_epi32(_mm512_slli_epi32(code, 24),
-                                                 _mm512_set1_epi32(INT32_MIN), magnitude, 0xea);
-        return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));
-      }
-    }
-  }
-};
-
-}  // namespace
 
 extern const QuantMatmulKernels quant_matmul_avx512 = {"avx512", &cpu_has_avx512_vnni,
                                                        &run<Avx512>};

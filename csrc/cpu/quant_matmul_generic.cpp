@@ -1,8 +1,7 @@
 // Plain C++: any CPU. Vectors are arrays of 16, which the compiler maps to what there is.
-#include <cstring>
-
+#include "cpu/quant_matmul_prelude.h"
+// it opens no region, but builds in the same order
 #include "cpu/bf16.h"
-#include "cpu/quant_matmul.h"
 #include "cpu/quant_matmul_epilogue.h"
 #include "cpu/quant_matmul_rows.h"
 #include "cpu/quant_matmul_tile.h"
@@ -27,6 +26,7 @@ struct Generic {
   static constexpr int kGroupedVectors = 1;
   static constexpr int kStreamRows = 2;
   static constexpr int stream_vectors(int, bool) { return 1; }
+  static constexpr bool kPairs = false;
 
   template <typename T, typename Of>
   static Array<T> each(Of of) {

@@ -11,10 +11,6 @@
 // functions.
 #pragma once
 
-#include <omp.h>
-
-#include <atomic>
-
 namespace llmos {
 namespace {
 
@@ -38,8 +34,12 @@ struct Task {
   int panels;
 };
 
-template <class S, WeightFormat kFormat, bool kInteger, typename T>
+// What is multiplied: int8, fp32, or pairs of bf16.
+enum class Kind { kInteger, kFloat, kPairs };
+
+template <class S, WeightFormat kFormat, Kind kKind, typename T>
 struct Product {
+  static constexpr bool kInteger = kKind == Kind::kInteger;
   static constexpr int kPerWord = per_word(kFormat);
   static constexpr int kPanelVectors = kPanel / S::kLanes;
   static constexpr int kScaleBytes = is_4bit(kFormat) ? 2 : 4;
@@ -48,12 +48,12 @@ struct Product {
   const QuantMatmul& call;
   const Plan& plan;
   const Rows& rows;
-  float* stage;  // levels of a block: [k][kColumns]
+  float* stage;  // levels of a block: [k][kColumns], or two k in the place of one
   float* y;      // [rows of the task][kColumns]
 
   // `next` is what this thread will run after `task`.
   void run(const Task& task, const Task& next) const {
-    if (plan.streams)
+    if (kKind != Kind::kPairs && plan.streams)
       stream(task);
     else
       blocks(task, next);
@@ -83,7 +83,9 @@ struct Product {
   template <int MR, int V, int kStrip, bool kStaged>
   void tile(const Weights& w, const Part& part, int64_t row, int64_t k, float* out) const {
     const int64_t x = row * plan.depth + k * kStrip;
-    if constexpr (kInteger)
+    if constexpr (kKind == Kind::kPairs)
+      float_tile<S, MR, V, kFormat, kStrip, true>(w, part, rows.pairs + x / 2, out);
+    else if constexpr (kInteger)
       integer_tile<S, MR, V, kFormat, kStrip, !kStaged>(w, part, rows.integers + x,
                                                         rows.offsets + row * plan.groups, out);
     else
@@ -106,7 +108,8 @@ struct Product {
   }
 
   void blocks(const Task& task, const Task& next) const {
-    constexpr int kSteps = kInteger ? 1 : kPerWord;  // words of a tile per stored word
+    // words of a tile per stored word
+    constexpr int kSteps = kInteger ? 1 : kKind == Kind::kPairs ? kPerWord / 2 : kPerWord;
     for (int64_t k = 0; k < call.weight.k; k += kBlockK) {
       const int64_t word = k / kPerWord;
       const int64_t count = S::min(kBlockK / kPerWord, plan.words - word);
@@ -178,20 +181,28 @@ struct Product {
   }
 
   void stage_panels(const Task& task, int64_t word, int64_t count) const {
-    const auto levels = S::template levels<kFormat>();
+    auto levels = S::template levels<kFormat>();
+    if constexpr (kKind == Kind::kPairs) levels = S::rounded_to_bf16(levels);
     for (int p = 0; p < task.panels; ++p) {
       const Weights w = stored(task.panel + p, word);
       for (int v = 0; v < kPanelVectors; ++v)
         for (int64_t i = 0; i < count; ++i) {
           const int64_t offset = v * S::kLanes;
           const auto raw = S::load_bytes(w.words + i * w.word_stride + offset * 4);
-          float* out = stage + i * kPerWord * kColumns + p * kPanel + offset;
           auto zero = S::zero();
           if constexpr (kFormat == WeightFormat::kInt4Asym)
             zero = S::to_float(load_zeros<S>(w, (word + i) / plan.words_per_group, v));
-          LLMOS_UNROLL for (int step = 0; step < kPerWord; ++step) S::store_floats(
-              out + step * kColumns,
-              S::subtract(S::template decode<kFormat>(raw, step, levels), zero));
+          const auto level = [&](int step) {
+            return S::subtract(S::template decode<kFormat>(raw, step, levels), zero);
+          };
+          float* out = stage + p * kPanel + offset;
+          if constexpr (kKind == Kind::kPairs)
+            LLMOS_UNROLL for (int step = 0; step < kPerWord; step += 2) S::store_bytes(
+                reinterpret_cast<uint8_t*>(out + (i * kPerWord + step) / 2 * kColumns),
+                S::pair(level(step), level(step + 1)));
+          else
+            LLMOS_UNROLL for (int step = 0; step < kPerWord; ++step)
+                S::store_floats(out + (i * kPerWord + step) * kColumns, level(step));
         }
     }
   }
@@ -238,10 +249,10 @@ struct Cut {
   }
 };
 
-template <class S, WeightFormat kFormat, bool kInteger, typename T>
+template <class S, WeightFormat kFormat, Kind kKind, typename T>
 void run_format(const QuantMatmul& call, const Plan& plan, const Rows& rows) {
   const Cut cut(call, S::kRows);
-  const int64_t stage_size = kInteger ? 0 : (block_k(false) + kPanel) * kColumns;
+  const int64_t stage_size = kKind == Kind::kInteger ? 0 : (block_k(false) + kPanel) * kColumns;
   const int64_t y_size = cut.rows * kColumns;
   std::atomic<int64_t> taken{0};
 
@@ -251,7 +262,7 @@ void run_format(const QuantMatmul& call, const Plan& plan, const Rows& rows) {
         thread_scratch(Scratch::kTile, (stage_size + y_size) * sizeof(float) + 128));
     float* stage = take<float>(own, stage_size);
     float* y = take<float>(own, y_size);
-    const Product<S, kFormat, kInteger, T> product{call, plan, rows, stage, y};
+    const Product<S, kFormat, kKind, T> product{call, plan, rows, stage, y};
     // a thread takes its next task before it runs the present one, to prefetch for it
     int64_t next = taken++;
     while (next < cut.tasks()) {
@@ -262,67 +273,77 @@ void run_format(const QuantMatmul& call, const Plan& plan, const Rows& rows) {
   }
 }
 
-template <class S, bool kInteger, typename T>
+template <class S, Kind kKind, typename T>
 void run_prepared(const QuantMatmul& call, const Plan& plan, const Rows& rows) {
   using W = WeightFormat;
   switch (call.weight.format) {
     case W::kInt8:
-      return run_format<S, W::kInt8, kInteger, T>(call, plan, rows);
+      return run_format<S, W::kInt8, kKind, T>(call, plan, rows);
     case W::kInt4:
-      return run_format<S, W::kInt4, kInteger, T>(call, plan, rows);
+      return run_format<S, W::kInt4, kKind, T>(call, plan, rows);
     case W::kInt4Asym:
-      return run_format<S, W::kInt4Asym, kInteger, T>(call, plan, rows);
+      return run_format<S, W::kInt4Asym, kKind, T>(call, plan, rows);
     default:
       break;
   }
-  if constexpr (!kInteger) {
-    if (call.weight.format == W::kNf4)
-      run_format<S, W::kNf4, kInteger, T>(call, plan, rows);
-    else
-      run_format<S, W::kFp8, kInteger, T>(call, plan, rows);
-  }
+  if constexpr (kKind != Kind::kInteger)
+    if (call.weight.format == W::kNf4) return run_format<S, W::kNf4, kKind, T>(call, plan, rows);
+  if constexpr (kKind == Kind::kFloat) run_format<S, W::kFp8, kKind, T>(call, plan, rows);
+}
+
+// Prepare rows of x with `prepare(row, strip, place in it)`, and multiply.
+template <class S, Kind kKind, typename T, typename Prepare>
+void run_kind(const QuantMatmul& call, const Plan& plan, const Rows& rows, Prepare prepare) {
+  // A few rows are prepared by this thread alone: where cores are shared, a barrier more can cost
+  // a time slice.
+#pragma omp parallel for schedule(static) if (call.m * call.weight.k > 1 << 15)
+  for (int64_t row = 0; row < call.m; ++row)
+    prepare(static_cast<const T*>(call.x) + row * call.x_stride, row,
+            row / plan.strip * plan.strip, row % plan.strip);
+  run_prepared<S, kKind, T>(call, plan, rows);
 }
 
 template <class S, typename T>
 void run_typed(const QuantMatmul& call) {
   const int64_t m = call.m, k = call.weight.k;
-  const int per = per_word(call.weight.format);
+  const bool fp8 = call.weight.format == WeightFormat::kFp8;
   Plan plan;
   plan.words = words(call.weight);
   plan.groups = groups(call.weight);
-  plan.words_per_group = ceil_div(call.weight.group_size, per);
-  plan.streams = m <= S::kStreamRows && call.weight.format != WeightFormat::kFp8;
+  plan.words_per_group = ceil_div(call.weight.group_size, per_word(call.weight.format));
+  plan.streams = m <= S::kStreamRows && !fp8;
   plan.strip = plan.streams ? m : S::kRows;
   plan.depth = ceil_div(k, 64) * 64;
+  constexpr bool kPairs = S::kPairs && std::is_same_v<T, lanes::bf16>;
+  const bool pairs = kPairs && !call.integer && !plan.streams && !fp8;
 
-  const int64_t strips = ceil_div(m, plan.strip), size = call.integer ? 1 : sizeof(float);
+  const int64_t filled = ceil_div(m, plan.strip) * plan.strip;  // rows
+  const int64_t x_size = filled * plan.depth * (call.integer ? 1 : pairs ? 2 : 4);
   char* memory = static_cast<char*>(
-      thread_scratch(Scratch::kRows, strips * plan.strip * plan.depth * size +
-                                         strips * plan.strip * (1 + plan.groups) * 4 + 256));
-  int8_t* integers = take<int8_t>(memory, strips * plan.strip * plan.depth * size);
+      thread_scratch(Scratch::kRows, x_size + filled * (1 + plan.groups) * 4 + 256));
+  int8_t* integers = take<int8_t>(memory, x_size);
   float* floats = reinterpret_cast<float*>(integers);
-  float* scales = take<float>(memory, m);
-  int32_t* offsets = take<int32_t>(memory, strips * plan.strip * plan.groups);
-  const Rows rows{integers, floats, offsets, scales};
-  const T* x = static_cast<const T*>(call.x);
-
-  // A few rows are prepared by this thread alone: where cores are shared, a barrier more can cost
-  // a time slice.
-#pragma omp parallel for schedule(static) if (m * k > 1 << 15)
-  for (int64_t row = 0; row < m; ++row) {
-    const int64_t strip = row / plan.strip, place = row % plan.strip;
-    const int64_t first = strip * plan.strip * plan.depth;
-    if (call.integer)
-      quantize_row(x + row * call.x_stride, call, plan, integers + first + place * 4,
-                   offsets + strip * plan.strip * plan.groups + place, scales + row);
-    else
-      widen_row(x + row * call.x_stride, k, plan, floats + first + place);
-  }
+  Pair* words = reinterpret_cast<Pair*>(integers);
+  float* scales = take<float>(memory, filled);
+  int32_t* offsets = take<int32_t>(memory, filled * plan.groups);
+  const Rows rows{integers, floats, words, offsets, scales};
 
   if (call.integer)
-    run_prepared<S, true, T>(call, plan, rows);
-  else
-    run_prepared<S, false, T>(call, plan, rows);
+    return run_kind<S, Kind::kInteger, T>(
+        call, plan, rows, [&](const T* x, int64_t row, int64_t strip, int64_t place) {
+          quantize_row(x, call, plan, integers + strip * plan.depth + place * 4,
+                       offsets + strip * plan.groups + place, scales + row);
+        });
+  if constexpr (kPairs)
+    if (pairs)
+      return run_kind<S, Kind::kPairs, T>(
+          call, plan, rows, [&](const T* x, int64_t, int64_t strip, int64_t place) {
+            pair_row(x, k, plan, words + strip * plan.depth / 2 + place);
+          });
+  run_kind<S, Kind::kFloat, T>(call, plan, rows,
+                               [&](const T* x, int64_t, int64_t strip, int64_t place) {
+                                 widen_row(x, k, plan, floats + strip * plan.depth + place);
+                               });
 }
 
 template <class S>

@@ -22,6 +22,7 @@ struct Plan {
 struct Rows {
   const int8_t* integers;
   const float* floats;
+  const uint32_t* pairs;  // of bf16: [strip][depth / 2][row]
   const int32_t* offsets;
   const float* scales;
 };
@@ -80,6 +81,13 @@ void widen_row(const T* x, int64_t k, const Plan& plan, float* out) {
     lanes::F values = {};
     if (i < k) values = lanes::load(x + i, k - i);
     for (int j = 0; j < lanes::kLanes; ++j) out[(i + j) * plan.strip] = values[j];
+  }
+}
+
+inline void pair_row(const lanes::bf16* x, int64_t k, const Plan& plan, uint32_t* out) {
+  for (int64_t i = 0; i < plan.depth; i += 2) {
+    const uint32_t lower = i < k ? x[i].bits : 0, upper = i + 1 < k ? x[i + 1].bits : 0;
+    out[i / 2 * plan.strip] = lower | upper << 16;
   }
 }
 

@@ -134,10 +134,13 @@ void integer_tile(const Weights& w, const Part& part, const int8_t* x, const int
         S::store_floats(y + m * kColumns + v * S::kLanes, sum[m][v]);
 }
 
-// As integer_tile, with activations in fp32. Stored weights are decoded in registers; staged ones
-// are fp32 levels, one k per word.
-template <class S, int MR, int V, WeightFormat kFormat, int kStrip, bool kStaged>
-void float_tile(const Weights& w, const Part& part, const float* x, float* y) {
+// A k of a staged block as a register tile reads it, or two of them in bf16.
+using Pair = uint32_t;
+
+// As integer_tile, with activations in floating point. X = float: stored weights are decoded in
+// registers, staged ones are levels in fp32. X = Pair: staged only.
+template <class S, int MR, int V, WeightFormat kFormat, int kStrip, bool kStaged, typename X>
+void float_tile(const Weights& w, const Part& part, const X* x, float* y) {
   using F = typename S::F;
   constexpr bool kGrouped = is_4bit(kFormat);
   constexpr int kSteps = kStaged ? 1 : per_word(kFormat);
@@ -157,20 +160,33 @@ void float_tile(const Weights& w, const Part& part, const float* x, float* y) {
     for (int64_t word = begin; word < end; ++word) {
       const uint8_t* p = w.words + word * w.word_stride;
       LLMOS_UNROLL for (int step = 0; step < kSteps; ++step) {
-        F weights[V];
-        LLMOS_UNROLL for (int v = 0; v < V; ++v) {
-          const uint8_t* source = p + vector_offset<S>(v, 4, w.panel_stride);
-          if constexpr (kStaged) {
-            weights[v] = S::load_floats(reinterpret_cast<const float*>(source));
-          } else {
-            weights[v] = S::template decode<kFormat>(S::load_bytes(source), step, levels);
-            if constexpr (kFormat == WeightFormat::kInt4Asym)
-              weights[v] = S::subtract(weights[v], zeros[v]);
+        const X* xs = x + (word * kSteps + step) * kStrip;
+        if constexpr (std::is_same_v<X, Pair>) {
+          typename S::I weights[V];
+          LLMOS_UNROLL for (int v = 0; v < V; ++v) weights[v] =
+              S::load_bytes(p + vector_offset<S>(v, 4, w.panel_stride));
+          LLMOS_UNROLL for (int m = 0; m < MR; ++m) {
+            const auto pair = S::broadcast_word(reinterpret_cast<const int8_t*>(xs + m));
+            LLMOS_UNROLL for (int v = 0; v < V; ++v) acc[m][v] =
+                S::dot_pairs(acc[m][v], weights[v], pair);
           }
-        }
-        LLMOS_UNROLL for (int m = 0; m < MR; ++m) {
-          const F xs = S::broadcast(x[(word * kSteps + step) * kStrip + m]);
-          LLMOS_UNROLL for (int v = 0; v < V; ++v) acc[m][v] = S::fma(weights[v], xs, acc[m][v]);
+        } else {
+          F weights[V];
+          LLMOS_UNROLL for (int v = 0; v < V; ++v) {
+            const uint8_t* source = p + vector_offset<S>(v, 4, w.panel_stride);
+            if constexpr (kStaged) {
+              weights[v] = S::load_floats(reinterpret_cast<const float*>(source));
+            } else {
+              weights[v] = S::template decode<kFormat>(S::load_bytes(source), step, levels);
+              if constexpr (kFormat == WeightFormat::kInt4Asym)
+                weights[v] = S::subtract(weights[v], zeros[v]);
+            }
+          }
+          LLMOS_UNROLL for (int m = 0; m < MR; ++m) {
+            const F value = S::broadcast(xs[m]);
+            LLMOS_UNROLL for (int v = 0; v < V; ++v) acc[m][v] =
+                S::fma(weights[v], value, acc[m][v]);
+          }
         }
       }
     }

@@ -7,7 +7,7 @@
 #pragma once
 
 #define LLMOS_PRAGMA(text) _Pragma(#text)
-#if defined(__x86_64__)
+#if defined(__x86_64__) || defined(__aarch64__)
 #define LLMOS_TARGET_BEGIN(set) LLMOS_PRAGMA(GCC push_options) LLMOS_PRAGMA(GCC target(set))
 #define LLMOS_TARGET_END LLMOS_PRAGMA(GCC pop_options)
 #else

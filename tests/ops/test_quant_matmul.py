@@ -20,7 +20,7 @@ from llmos_fast.quantize import (
 from llmos_fast.reference.quant_matmul import apply_activation
 from llmos_fast.testing import assert_close_to_truth, assert_within_budget, random
 
-SETS = ("avx512", "avx2", "generic")
+SETS = tuple(_C.cpu_sets())
 SIZES = [(1, 1, 1), (7, 63, 253), (63, 7, 65), (13, 130, 128), (1, 253, 300), (2, 16, 32)]
 
 
@@ -46,11 +46,13 @@ def test_matches_definition(cpu_set, scheme, m, n, k):
     check(weight, random(m, k), random(n), "silu")
 
 
+@pytest.mark.parametrize("cpu_set", SETS, indirect=True)
+@pytest.mark.parametrize("m", [5, 20])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_narrow_activations(cpu_set, scheme, dtype):
-    weight = quantize(random(50, 77), scheme, group_size=64)
-    check(weight, random(5, 77, dtype=dtype), random(50, dtype=dtype))
+def test_narrow_activations(cpu_set, scheme, dtype, m):
+    weight = quantize(random(50, 277), scheme, group_size=64)
+    check(weight, random(m, 277, dtype=dtype), random(50, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
