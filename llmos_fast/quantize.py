@@ -2,7 +2,8 @@
 
 A scheme is a format, and how activations enter the product:
 
-    int8 int4 int4_asym                 activations are rounded to int8 per row, on the fly
+    int8 int4 int4_asym                 activations are rounded to int8 on the fly, in the groups
+                                        of the weight, so that an outlier costs its group alone
     int8_a16 int4_a16 int4_asym_a16     activations stay in floating point
     nf4 fp8                             likewise ("nf4_a16", "fp8_a16" mean the same)
 

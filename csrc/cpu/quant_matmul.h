@@ -19,9 +19,9 @@ namespace llmos {
 //
 // integer = false:  sums over scale[n, g] level(W[n, k]) x[m, k] in fp32; where x is bf16 and the CPU
 //                   multiplies that, levels too are rounded to bf16, which changes kNf4 only
-// integer = true:   the same with x replaced by s q, where, in fp32,
-//                   a = max(max_k |x[m, k]|, 1e-30), s = a / 127, q = round_half_even(x (127 / a));
-//                   sums over a group are exact. A row with a non-finite x gives NaN.
+// integer = true:   the same with x replaced by s q, where, in fp32, for each group of k (a row for
+//                   kInt8), a = max(max_k |x[m, k]|, 1e-30), s = a / 127, q = round_half_even(
+//                   x (127 / a)); sums over a group are exact. A row with a non-finite x gives NaN.
 //                   kInt8, kInt4 and kInt4Asym only; k <= 131072.
 // Every sum is taken in the order of k, by one thread: results do not depend on threads, nor, with
 // integer = true, on m.

@@ -87,7 +87,8 @@ struct Product {
       float_tile<S, MR, V, kFormat, kStrip, true>(w, part, rows.pairs + x / 2, out);
     else if constexpr (kInteger)
       integer_tile<S, MR, V, kFormat, kStrip, !kStaged>(w, part, rows.integers + x,
-                                                        rows.offsets + row * plan.groups, out);
+                                                        rows.offsets + row * plan.groups,
+                                                        rows.scales + row * plan.groups, out);
     else
       float_tile<S, MR, V, kFormat, kStrip, kStaged>(w, part, rows.floats + x, out);
   }
@@ -137,7 +138,7 @@ struct Product {
     constexpr bool kIntegers = kInteger && !is_4bit(kFormat);
     const float* row_scales = is_4bit(kFormat) ? nullptr : static_cast<const float*>(call.scales);
     for (int64_t end = row + count; row < end; ++row) {
-      const float x_scale = kInteger ? rows.scales[task.row + row] : 1.0f;
+      const float x_scale = kIntegers ? rows.scales[task.row + row] : 1.0f;
       finish_row<T>(call,
                     Sums{y + row * kColumns, task.panel * kPanel, task.panels * kPanel, kIntegers,
                          row_scales, x_scale},
@@ -291,15 +292,15 @@ void run_prepared(const QuantMatmul& call, const Plan& plan, const Rows& rows) {
   if constexpr (kKind == Kind::kFloat) run_format<S, W::kFp8, kKind, T>(call, plan, rows);
 }
 
-// Prepare rows of x with `prepare(row, strip, place in it)`, and multiply.
+// Prepare rows of x with `prepare(x, first row of its strip, place in it)`, and multiply.
 template <class S, Kind kKind, typename T, typename Prepare>
 void run_kind(const QuantMatmul& call, const Plan& plan, const Rows& rows, Prepare prepare) {
   // A few rows are prepared by this thread alone: where cores are shared, a barrier more can cost
   // a time slice.
 #pragma omp parallel for schedule(static) if (call.m * call.weight.k > 1 << 15)
   for (int64_t row = 0; row < call.m; ++row)
-    prepare(static_cast<const T*>(call.x) + row * call.x_stride, row,
-            row / plan.strip * plan.strip, row % plan.strip);
+    prepare(static_cast<const T*>(call.x) + row * call.x_stride, row / plan.strip * plan.strip,
+            row % plan.strip);
   run_prepared<S, kKind, T>(call, plan, rows);
 }
 
@@ -320,28 +321,29 @@ void run_typed(const QuantMatmul& call) {
   const int64_t filled = ceil_div(m, plan.strip) * plan.strip;  // rows
   const int64_t x_size = filled * plan.depth * (call.integer ? 1 : pairs ? 2 : 4);
   char* memory = static_cast<char*>(
-      thread_scratch(Scratch::kRows, x_size + filled * (1 + plan.groups) * 4 + 256));
+      thread_scratch(Scratch::kRows, x_size + 2 * filled * plan.groups * 4 + 256));
   int8_t* integers = take<int8_t>(memory, x_size);
   float* floats = reinterpret_cast<float*>(integers);
   Pair* words = reinterpret_cast<Pair*>(integers);
-  float* scales = take<float>(memory, filled);
+  float* scales = take<float>(memory, filled * plan.groups);
   int32_t* offsets = take<int32_t>(memory, filled * plan.groups);
   const Rows rows{integers, floats, words, offsets, scales};
 
   if (call.integer)
     return run_kind<S, Kind::kInteger, T>(
-        call, plan, rows, [&](const T* x, int64_t row, int64_t strip, int64_t place) {
-          quantize_row(x, call, plan, integers + strip * plan.depth + place * 4,
-                       offsets + strip * plan.groups + place, scales + row);
+        call, plan, rows, [&](const T* x, int64_t strip, int64_t place) {
+          const int64_t first = strip * plan.groups + place;
+          quantize_row(x, call, plan, integers + strip * plan.depth + place * 4, offsets + first,
+                       scales + first);
         });
   if constexpr (kPairs)
     if (pairs)
       return run_kind<S, Kind::kPairs, T>(
-          call, plan, rows, [&](const T* x, int64_t, int64_t strip, int64_t place) {
+          call, plan, rows, [&](const T* x, int64_t strip, int64_t place) {
             pair_row(x, k, plan, words + strip * plan.depth / 2 + place);
           });
   run_kind<S, Kind::kFloat, T>(call, plan, rows,
-                               [&](const T* x, int64_t, int64_t strip, int64_t place) {
+                               [&](const T* x, int64_t strip, int64_t place) {
                                  widen_row(x, k, plan, floats + strip * plan.depth + place);
                                });
 }

@@ -57,10 +57,10 @@ inline typename S::I load_zeros(const Weights& w, int64_t group, int v) {
 
 // y[MR][kColumns] for int8 activations; words and x (a strip of kStrip rows) begin where the part
 // begins. Formats with one scale per row give the exact integers
-// (as int32); the others apply the scales of their groups and give fp32.
+// (as int32); the others apply the scales of their groups, of weights and x, and give fp32.
 template <class S, int MR, int V, WeightFormat kFormat, int kStrip, bool kStreams>
 void integer_tile(const Weights& w, const Part& part, const int8_t* x, const int32_t* offsets,
-                  float* y) {
+                  const float* x_scales, float* y) {
   using I = typename S::I;
   using F = typename S::F;
   constexpr bool k4Bit = is_4bit(kFormat);
@@ -115,13 +115,14 @@ void integer_tile(const Weights& w, const Part& part, const int8_t* x, const int
         const F scale = load_scales<S, kFormat>(w, g, v);
         LLMOS_UNROLL for (int m = 0; m < MR; ++m) {
           float* place = y + m * kColumns + v * S::kLanes;
+          const F value = S::multiply(S::to_float(acc[m][v]),
+                                      S::broadcast(x_scales[g * kStrip + m]));
           if constexpr (kInRegisters)
-            sum[m][v] = S::fma(S::to_float(acc[m][v]), scale, sum[m][v]);
+            sum[m][v] = S::fma(value, scale, sum[m][v]);
           else if (part.starts && g == part.first)
-            S::store_floats(place, S::multiply(S::to_float(acc[m][v]), scale));
+            S::store_floats(place, S::multiply(value, scale));
           else
-            S::store_floats(place,
-                            S::fma(S::to_float(acc[m][v]), scale, S::load_floats(place)));
+            S::store_floats(place, S::fma(value, scale, S::load_floats(place)));
         }
       } else {
         LLMOS_UNROLL for (int m = 0; m < MR; ++m) S::store_ints(

@@ -35,9 +35,10 @@ def quant_matmul(
     residual: as the result, added to it
     returns: Float[... out_features] in x's dtype; sums are fp32 (fp64 for fp64), rounded once
 
-    Schemes without "_a16" first round x to int8, each row by its own scale: in fp32,
-    ``q = round_half_even(x * (127 / amax))``, standing for ``q * (amax / 127)``. Integer products
-    are exact. A row of x that is not finite gives NaN there. An empty x gives an empty result.
+    Schemes without "_a16" first round x to int8, in groups of qweight.group_size (whole rows for
+    int8) that have a scale each: in fp32, ``q = round_half_even(x * (127 / amax))``, standing for
+    ``q * (amax / 127)``. Integer products are exact. A row of x that is not finite gives NaN there.
+    An empty x gives an empty result.
 
     Gradients go to x, bias and residual, never to the weight: dX = dY W, straight through the
     rounding of x (so an adapter beside a frozen quantized layer trains as in QLoRA, arXiv

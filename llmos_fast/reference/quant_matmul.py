@@ -8,17 +8,20 @@ from llmos_fast.quantize import PANEL, QuantizedWeight, rounds_activations
 from llmos_fast.reference.precision import upcast
 
 
-def round_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers -127..127 in fp32 and their scales (..., 1), from the fp32 value of ``x``.
+def round_to_int8(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Integers -127..127 in fp32 like ``x``, and the scales that they are to be multiplied with.
 
-    scale = amax / 127 and q = round_half_even(x * (127 / amax)), where amax is the row's largest
-    magnitude and at least 1e-30. A row that is not finite becomes NaN.
+    For each group of the last dimension: scale = amax / 127 and q = round_half_even(x * (127 /
+    amax)), where amax is its largest magnitude and at least 1e-30. A group that is not finite
+    becomes NaN.
     """
-    x = x.float()
-    amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
+    k = x.shape[-1]
+    grouped = F.pad(x.float(), (0, -k % group_size)).unflatten(-1, (-1, group_size))
+    amax = grouped.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
     # 127 / amax would be amax.reciprocal() * 127: another rounding, and one x in a million moves
     inverse = torch.full_like(amax, 127.0) / amax
-    return torch.round(x * inverse), amax / 127
+    integers = torch.round(grouped * inverse).flatten(-2)[..., :k]
+    return integers, (amax / 127).expand_as(grouped).flatten(-2)[..., :k]
 
 
 def apply_activation(y: Tensor, activation: str | None) -> Tensor:
@@ -45,7 +48,7 @@ def quant_matmul(
     """As ``llmos_fast.ops.quant_matmul``; the gradient passes through the rounding of x."""
     wide = upcast(x)
     if rounds_activations(qweight.scheme):
-        integers, scale = round_to_int8(x.detach())
+        integers, scale = round_to_int8(x.detach(), qweight.group_size)
         # adds exactly zero, and carries the gradient
         wide = integers.to(wide.dtype) * scale.to(wide.dtype) + (wide - wide.detach())
     y = F.linear(wide, qweight.dequantize(wide.dtype))

@@ -27,7 +27,20 @@ def causal_mask(seq):
         (causal_mask(5).requires_grad_(), "other"),
         (torch.zeros(0, 0), "open"),
     ],
-    ids=str,
+    ids=[
+        "causal",
+        "causal-bool",
+        "one-token",
+        "zeros",
+        "false",
+        "fewer-rows",
+        "diagonal-1",
+        "transposed",
+        "random",
+        "per-batch",
+        "with-gradient",
+        "empty",
+    ],
 )
 def test_attn_mask_kind(mask, kind):
     assert masks.attn_mask_kind(mask) == kind

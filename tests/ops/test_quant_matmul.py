@@ -108,7 +108,7 @@ def integer_weight(scheme, n, k, group):
 def test_integers_are_exact(cpu_set, scheme, group):
     weight = integer_weight(scheme, 67, 261, group)
     x = torch.randint(-127, 128, (14, 261)).float()
-    x[:, 0] = 127  # so that the activation scale is 1
+    x[:, ::32] = 127  # so that the scale of every group is 1
     truth = x.double() @ weight.dequantize(torch.float64).T
     assert torch.equal(quant_matmul(x, weight, impl="native").double(), truth)
 
@@ -127,6 +127,20 @@ def test_rounding_is_half_to_even(cpu_set):
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
     expected = torch.tensor([[127.0, 0.0, 2.0, 2.0, 0.0, -2.0]])
     assert torch.equal(quant_matmul(x, weight, impl="native").round(), expected)
+
+
+def test_an_outlier_costs_its_group_alone(cpu_set):
+    weight = quantize(random(40, 256), "int4", 32)
+    x = random(9, 256)
+    wild = x.clone()
+    wild[:, 70] = 1e6
+    quiet = [*range(64), *range(96, 256)]
+    alone = torch.zeros_like(wild)
+    alone[:, 64:96] = wild[:, 64:96]
+    x[:, 64:96] = 0
+    rest = quant_matmul(wild, weight, impl="native") - quant_matmul(alone, weight, impl="native")
+    coarse = 1e6 * torch.finfo(torch.float32).eps * weight.dequantize()[:, quiet].abs().sum(1)
+    assert bool(((rest - quant_matmul(x, weight, impl="native")).abs() <= coarse).all())
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
