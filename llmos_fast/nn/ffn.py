@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmos_fast import ops
 from llmos_fast.nn import plain
+from llmos_fast.nn.quant_linear import QuantLinear
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -88,7 +89,10 @@ def feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
         and all(plain.is_plain(linear, *plain.LINEAR) for linear in linears)
     ):
         return _fused(x, linear1, linear2, linear_up, name, plain.dropout_probability(dropout))
-    hidden = activation(plain.linear(linear1, x))
+    if name is not None and plain.is_plain(linear1, QuantLinear):
+        hidden = linear1(x, activation=name)
+    else:
+        hidden = activation(plain.linear(linear1, x))
     if linear_up is not None:
         hidden = hidden * plain.linear(linear_up, x)
     return plain.linear(linear2, dropout(hidden))

@@ -87,9 +87,9 @@ class QuantLinear(nn.Module):
             self._qweight = known
         return known
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Float[... in_features] -> Float[... out_features]."""
-        return quant_matmul(x, self.qweight, self.bias)
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """Float[... in_features] -> Float[... out_features], through ``activation`` in one pass."""
+        return quant_matmul(x, self.qweight, self.bias, activation=activation)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An nn.Linear with the rounded weight, in ``dtype`` or else the bias's, or else fp32."""

@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from llmos_fast.nn import TransformerEncoderLayer
 from llmos_fast.nn.quant_linear import QuantLinear
 from llmos_fast.nn.quantize_model import dequantize_, empty_quantized_, quantize_
 from llmos_fast.quantize import SCHEMES, quantize
+from llmos_fast.testing import assert_close_to_truth, registered_calls
 
 
 def model():
@@ -216,3 +218,17 @@ def test_compiles_as_one_graph():
     x = torch.randn(3, 70, requires_grad=True)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), net(x))
+
+
+@pytest.mark.parametrize(("activation", "name"), [("relu", "relu"), ("swiglu", "silu")])
+def test_layers_activate_in_the_product(activation, name):
+    layer = TransformerEncoderLayer(32, 4, 64, activation=activation, batch_first=True).eval()
+    x = torch.randn(2, 5, 32)
+    quantize_(layer, "int8_a16", skip=["self_attn*", "linear2", "linear_up"])
+    with registered_calls() as calls, torch.no_grad():
+        fused = layer(x)
+    _, arguments = calls["llmos_fast::quant_matmul"]
+    assert name in arguments
+    dequantize_(layer)
+    with torch.no_grad():
+        assert_close_to_truth(fused, layer(x), layer.double()(x.double()), reduction=64)
