@@ -5,6 +5,7 @@ from llmos_fast.dispatch import explain, use
 from llmos_fast.models import TransformerModel
 from llmos_fast.nn import (
     MultiheadAttention,
+    QuantEmbedding,
     QuantLinear,
     Transformer,
     TransformerDecoder,
@@ -23,6 +24,7 @@ reference.publish(ops)
 
 __all__ = [
     "MultiheadAttention",
+    "QuantEmbedding",
     "QuantLinear",
     "QuantizedWeight",
     "Transformer",

@@ -283,8 +283,8 @@ def interleave(gate: QuantizedWeight, up: QuantizedWeight) -> QuantizedWeight:
         )
     pairs = zip(gate.tensors().values(), up.tensors().values(), strict=True)
     packed, scales, *zeros = (torch.stack(pair, dim=1).flatten(0, 1) for pair in pairs)
-    parts = {"packed": packed, "scales": scales, "zero_points": zeros[0] if zeros else None}
-    return replace(gate, **parts, shape=(2 * n, k))
+    zero_points = zeros[0] if zeros else None
+    return QuantizedWeight(packed, scales, zero_points, gate.scheme, gate.group_size, (2 * n, k))
 
 
 def quantize(

@@ -119,12 +119,23 @@ def test_quantize(run, trained):
     assert "validation perplexity" in out
     quantized = trained / "checkpoint-int4"
     config = json.loads((quantized / "config.json").read_text())
-    assert config["quantization"] == {"scheme": "int4", "group_size": 32, "layers": {}}
+    record = {"scheme": "int4", "group_size": 32, "layers": {}, "embeddings": False}
+    assert config["quantization"] == record
     assert run("evaluate", quantized, "--batch-size", 2)[0] == 0
     assert run("generate", quantized, "--prompt", "the cat")[0] == 0
     assert_one_line(run("quantize", quantized), "is quantized already, to int4")
     assert_one_line(run("quantize", trained, "--scheme", "int3"), "got 'int3'")
     assert_one_line(run("quantize", trained, "--method", "best"), "method must be one of")
+
+
+def test_quantize_embeddings(run, trained, tmp_path):
+    for options in ((), ("--embeddings",)):
+        folder = tmp_path / f"quantized{len(options)}"
+        assert run("quantize", trained, *options, "--output", folder)[0] == 0
+        assert run("generate", folder, "--prompt", "the cat")[0] == 0
+        assert run("evaluate", folder, "--batch-size", 2)[0] == 0
+        config = json.loads((folder / "config.json").read_text())
+        assert config["quantization"]["embeddings"] == bool(options)
 
 
 def test_quantize_with_calibration(run, trained, tmp_path):

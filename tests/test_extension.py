@@ -48,5 +48,5 @@ def test_no_more_threads_are_started(threads):
 
 def test_sets_end_with_generic_and_refuse_nonsense():
     assert _C.cpu_sets()[-1] == "generic"
-    with pytest.raises(ValueError, match="sse9 is not one of: avx512 avx2 generic"):
+    with pytest.raises(ValueError, match=r"sse9 is not one of: .*generic"):
         _C.force_cpu("sse9")

@@ -42,6 +42,7 @@ def quantize(
         float | None,
         Option(help="Average per weight: layers that suffer most from 4 bits get 8."),
     ] = None,
+    embeddings: Annotated[bool, Option("--embeddings", help="Embeddings as well.")] = False,
     output: Annotated[
         Path | None, Option(help="New checkpoint folder; without it, beside the old one.")
     ] = None,
@@ -53,7 +54,9 @@ def quantize(
     if loaded.quantization is not None:
         raise ValueError(f"{source} is quantized already, to {loaded.quantization.scheme}")
     before = _validation_perplexity(loaded)
-    quantized = save_quantized(loaded, scheme, group_size, target, method=method, bits=bits)
+    quantized = save_quantized(
+        loaded, scheme, group_size, target, method=method, bits=bits, embeddings=embeddings
+    )
     after = _validation_perplexity(quantized)
     rows = [
         (str(folder), megabytes(weights_size(folder)), f"{value:.2f}")
@@ -70,6 +73,7 @@ def save_quantized(
     *,
     method: str = "mse",
     bits: float | None = None,
+    embeddings: bool = False,
 ) -> Checkpoint:
     """Quantize the model of ``checkpoint`` in place, as ``quantize_`` does, and save it."""
     report = quantize_(
@@ -79,9 +83,11 @@ def save_quantized(
         method=method,
         calibration=None if method != "gptq" and bits is None else calibration_windows(checkpoint),
         bits=bits,
+        embeddings=embeddings,
     )
     others = {layer.name: layer.scheme for layer in report.layers if layer.scheme != scheme}
-    quantized = replace(checkpoint, quantization=Quantization(scheme, group_size, others))
+    record = Quantization(scheme, group_size, others, embeddings)
+    quantized = replace(checkpoint, quantization=record)
     quantized.save(folder)
     return quantized
 

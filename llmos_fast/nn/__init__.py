@@ -5,6 +5,7 @@ from llmos_fast.nn.attention import MultiheadAttention
 from llmos_fast.nn.cache import Cache, LayerCache
 from llmos_fast.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from llmos_fast.nn.encoder import TransformerEncoder, TransformerEncoderLayer
+from llmos_fast.nn.quant_embedding import QuantEmbedding
 from llmos_fast.nn.quant_linear import QuantLinear
 from llmos_fast.nn.quantize_model import (
     QuantizationReport,
@@ -18,6 +19,7 @@ __all__ = [
     "Cache",
     "LayerCache",
     "MultiheadAttention",
+    "QuantEmbedding",
     "QuantLinear",
     "QuantizationReport",
     "Report",

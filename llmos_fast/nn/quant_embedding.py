@@ -48,7 +48,7 @@ class QuantEmbedding(QuantizedModule):
         self._store(table)
         self.num_embeddings, self.embedding_dim = table.shape
         self.padding_idx = padding_idx
-        self.tied: tuple[QuantLinear, ...] = ()
+        self.tied: tuple[QuantLinear | QuantEmbedding, ...] = ()
         empty_like = torch.empty(0, dtype=dtype, device=table.device)
         self.register_buffer("like", empty_like, persistent=False)
 
@@ -80,15 +80,18 @@ class QuantEmbedding(QuantizedModule):
         module._fill(table, padding_idx, dtype)
         return module
 
-    def tie(self, linear: QuantLinear) -> None:
-        """Let ``linear``, an output projection, read this table from now on, on any device."""
-        self.tied = (*self.tied, linear)
+    def tie(self, other: QuantLinear | QuantEmbedding) -> None:
+        """Let ``other``, such as an output projection, read this table from now on.
+
+        They go together to other devices and through ``load_state_dict`` and ``copy.deepcopy``.
+        """
+        self.tied = (*self.tied, other)
         self._share()
 
     def _share(self) -> None:
-        for linear in self.tied:
-            linear.packed, linear.scales = self.packed, self.scales
-            linear.zero_points = self.zero_points
+        for other in self.tied:
+            other.packed, other.scales = self.packed, self.scales
+            other.zero_points = self.zero_points
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,22 +109,25 @@ class QuantEmbedding(QuantizedModule):
         rows = ids.reshape(-1).long()
         if rows.numel():
             self._check_range(rows)
-        return _rows(self.qweight, rows, self.dtype).unflatten(0, ids.shape)
+        return _rows(self.qweight, rows, self.dtype).view(*ids.shape, self.embedding_dim)
 
     def _check_range(self, ids: Tensor) -> None:
         low, high = ids.aminmax()
+        rule = f"be in [0, {self.num_embeddings})"
         if ids.is_cpu and not torch.compiler.is_compiling():
             for value in (int(low), int(high)):
                 if not 0 <= value < self.num_embeddings:
-                    rule = f"be in [0, {self.num_embeddings})"
                     raise IndexError(f"QuantEmbedding: ids must {rule}, got {value}")
             return
-        torch._assert_async((low >= 0) & (high < self.num_embeddings))
+        inside = (low >= 0) & (high < self.num_embeddings)
+        torch._assert_async(inside, f"QuantEmbedding: ids must {rule}")
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """An nn.Embedding with the rounded table, in ``dtype`` or else the module's."""
         table = self.qweight.dequantize(dtype or self.dtype)
-        embedding = nn.Embedding(*table.shape, padding_idx=self.padding_idx, _weight=table)
+        embedding = nn.Embedding(
+            self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=table
+        )
         return embedding.train(self.training)
 
     def extra_repr(self) -> str:
@@ -151,17 +157,21 @@ def _rows(table: QuantizedWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """(ids, K): ``table.dequantize(dtype)[ids]``, of which no other row is read."""
     name, (_, k) = format_of(table.scheme), table.shape
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    where = (ids,) if name == "fp8" else (ids // PANEL, slice(None), ids % PANEL)
-    scales = table.scales[where].to(compute)
-    zeros = None if table.zero_points is None else table.zero_points[where].to(compute)
-    if name not in FOUR_BIT:
-        codes = table.packed[where].flatten(1)[:, :k]
-        return (levels_of_codes(name, codes, zeros, compute) * scales).to(dtype)
+    if name == "fp8":
+        levels = levels_of_codes(name, table.packed[ids], None, compute)
+        return levels.mul_(table.scales[ids]).to(dtype)
+    where = ids // PANEL, slice(None), ids % PANEL
     words = table.packed.view(torch.int32).squeeze(-1)[where]
+    scales = table.scales[where].to(compute)
+    if name not in FOUR_BIT:
+        codes = words.view(torch.uint8)[:, :k]
+        return levels_of_codes(name, codes, None, compute).mul_(scales).to(dtype)
+    zeros = None if table.zero_points is None else table.zero_points[where].to(compute)
     shifts = torch.tensor(_SHIFTS, dtype=torch.int32, device=ids.device)
-    codes = ((words.unsqueeze(-1) >> shifts) & 15).flatten(1)
-    group = table.group_size
-    codes = nn.functional.pad(codes, (0, scales.shape[1] * group - codes.shape[1]))
-    zeros = None if zeros is None else zeros.unsqueeze(-1)
-    levels = levels_of_codes(name, codes.unflatten(1, (-1, group)), zeros, compute)
-    return (levels * scales.unsqueeze(-1)).flatten(1)[:, :k].to(dtype)
+    codes = (words.unsqueeze(-1) >> shifts).bitwise_and_(15).flatten(1)
+    groups, group = scales.shape[1], table.group_size
+    if groups * group > codes.shape[1]:
+        codes = nn.functional.pad(codes, (0, groups * group - codes.shape[1]))
+    grouped = codes.view(len(ids), groups, group)
+    levels = levels_of_codes(name, grouped, None if zeros is None else zeros[..., None], compute)
+    return levels.mul_(scales[..., None]).flatten(1)[:, :k].to(dtype)

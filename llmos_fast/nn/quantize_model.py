@@ -1,8 +1,8 @@
-"""``quantize_`` and ``dequantize_``: every nn.Linear of a model, in place."""
+"""``quantize_`` and ``dequantize_``: linear layers and embeddings of a model, in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,19 @@ from torch import Tensor, nn
 
 from llmos_fast.formats import FOUR_BIT
 from llmos_fast.nn.calibration import gptq_weights, mixed_schemes
+from llmos_fast.nn.quant_embedding import QuantEmbedding
 from llmos_fast.nn.quant_linear import QuantLinear
-from llmos_fast.nn.replace import replace_linears_, restore_linears_
-from llmos_fast.quantize import QuantizedWeight, format_of, quantize
+from llmos_fast.nn.replace import (
+    embedding_tables,
+    replace_embeddings_,
+    replace_linears_,
+    restore_embeddings_,
+    restore_linears_,
+)
+from llmos_fast.quantize import QuantizedWeight, empty, format_of, quantize
 from llmos_fast.rounding import METHODS
+
+MakeWeight = Callable[[str, Tensor], QuantizedWeight]
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ def quantize_(
     method: str | None = None,
     calibration: Iterable[Any] | None = None,
     bits: float | None = None,
+    embeddings: bool = False,
 ) -> QuantizationReport:
     """Replace every nn.Linear inside ``model`` by a QuantLinear, in place.
 
@@ -84,13 +94,15 @@ def quantize_(
         positional arguments or a dict of named ones
     bits: average per weight, scales included; the layers whose rounding to a 4-bit ``scheme``
         changes the model's first output most, per bit, on ``calibration``, are given 8 bits
-        instead, until the average is reached
+        instead, until the average is reached; embeddings of their own do not count
+    embeddings: replace every nn.Embedding by a QuantEmbedding as well, without calibration
 
-    A Linear whose weight is also another layer's (a tied output projection) is quantized, and the
-    other layer keeps the floating-point weight. The ``out_proj`` of torch.nn.MultiheadAttention is
-    left alone, because that layer reads its weight and never calls it; so are subclasses of
-    Linear. torch.nn.TransformerEncoderLayer leaves its fused inference path, which also reads
-    weights. A layer with packed projections of its own may define
+    A Linear whose weight is also an embedding's (a tied output projection) shares the quantized
+    weight with the QuantEmbedding; a layer that is not replaced keeps the floating-point one. The
+    ``out_proj`` of torch.nn.MultiheadAttention is left alone, because that layer reads its weight
+    and never calls it; so are subclasses of Linear and Embedding, and embeddings with max_norm,
+    scale_grad_by_freq or sparse. torch.nn.TransformerEncoderLayer leaves its fused inference path,
+    which also reads weights. A layer with packed projections of its own may define
 
         quantize_projections_(quantize_weight)    quantize_weight(name, weight, bias) -> QuantLinear
         dequantize_projections_()
@@ -109,26 +121,64 @@ def quantize_(
     if data is not None and method == "gptq":
         weights = gptq_weights(model, data, scheme, schemes, group_size, skip)
 
-    def quantized(name: str, weight: Tensor, bias: Tensor | None) -> QuantLinear:
-        if method == "gptq" and name not in weights:
-            report.notes.append(f"{name} does not run on the calibration data: rounded without it")
+    def rounded(name: str, weight: Tensor) -> QuantizedWeight:
         qweight = weights.pop(name, None)
         if qweight is None:
             rounding = "mse" if method == "gptq" else method
             qweight = quantize(weight, schemes.get(name, scheme), group_size, rounding)
-        layer = QuantLinear.from_quantized(qweight, bias)
-        report.layers.append(_measure(name, weight, layer))
-        return layer
+        report.layers.append(_measure(name, weight, qweight))
+        return qweight
 
-    report.notes.extend(replace_linears_(model, quantized, skip))
+    def calibrated(name: str, weight: Tensor) -> QuantizedWeight:
+        if method == "gptq" and name not in weights:
+            report.notes.append(f"{name} does not run on the calibration data: rounded without it")
+        return rounded(name, weight)
+
+    report.notes.extend(_replace(model, calibrated, rounded if embeddings else None, skip))
     report.bytes_after = _bytes(model)
     return report
 
 
+def _replace(
+    model: nn.Module, weight_of: MakeWeight, table_of: MakeWeight | None, skip: Sequence[str] = ()
+) -> list[str]:
+    """Put quantized layers in the place of linear layers, and of embeddings with ``table_of``.
+
+    What has the weight of an embedding gets one quantized weight together with it.
+    """
+    tables = {} if table_of is None else embedding_tables(model, skip)
+    readers: dict[int, list[QuantLinear | QuantEmbedding]] = {key: [] for key in tables}
+
+    def linear(name: str, weight: Tensor, bias: Tensor | None) -> QuantLinear:
+        others = readers.get(id(weight), [])
+        qweight = others[0].qweight if others else weight_of(name, weight)
+        layer = QuantLinear.from_quantized(qweight, bias)
+        others.append(layer)
+        return layer
+
+    def embedding(name: str, old: nn.Embedding) -> QuantEmbedding:
+        assert table_of is not None
+        others = readers[id(old.weight)]
+        table = others[0].qweight if others else table_of(name, old.weight)
+        layer = QuantEmbedding.from_quantized(table, old.padding_idx, old.weight.dtype)
+        for other in others:
+            layer.tie(other)
+        others.append(layer)
+        return layer
+
+    notes = replace_linears_(model, linear, skip, tables)
+    return notes if table_of is None else notes + replace_embeddings_(model, embedding, skip)
+
+
 def empty_quantized_(
-    model: nn.Module, scheme: str, group_size: int, schemes: Mapping[str, str] | None = None
+    model: nn.Module,
+    scheme: str,
+    group_size: int,
+    schemes: Mapping[str, str] | None = None,
+    *,
+    embeddings: bool = False,
 ) -> None:
-    """Replace every nn.Linear inside ``model`` by a QuantLinear of zeros, for ``load_state_dict``.
+    """Do what ``quantize_`` does, with weights of zeros, for ``load_state_dict``.
 
     schemes: of the layers, by name, that have another one than ``scheme``
 
@@ -136,27 +186,26 @@ def empty_quantized_(
     """
     unknown = dict(schemes or {})
 
-    def empty(name: str, weight: Tensor, bias: Tensor | None) -> QuantLinear:
-        out_features, in_features = weight.shape
-        layer = QuantLinear(
-            in_features, out_features, False, unknown.pop(name, scheme), group_size, weight.device
-        )
-        layer.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
-        return layer
+    def zeros(name: str, weight: Tensor) -> QuantizedWeight:
+        n, k = weight.shape
+        return empty((n, k), unknown.pop(name, scheme), group_size, weight.device)
 
-    replace_linears_(model, empty)
+    _replace(model, zeros, zeros if embeddings else None)
     if unknown:
         raise ValueError(f"empty_quantized_: schemes must name layers, got {', '.join(unknown)}")
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every QuantLinear inside ``model`` by an nn.Linear with the rounded weight.
+    """Replace every QuantLinear and QuantEmbedding by a layer of torch's with the rounded weight.
 
-    dtype: of the weights; None takes the bias's, or fp32 without one. Ties are not restored.
+    dtype: of the weights; None takes an embedding's or a bias's, or else fp32. What shares a
+    quantized weight with an embedding is tied to it again.
     """
-    if isinstance(model, QuantLinear):
-        raise ValueError("dequantize_: model must contain its layers, got a QuantLinear")
-    restore_linears_(model, QuantLinear, dtype)
+    if isinstance(model, QuantLinear | QuantEmbedding):
+        kind = type(model).__name__
+        raise ValueError(f"dequantize_: model must contain its layers, got a {kind}")
+    linears = restore_linears_(model, QuantLinear, dtype)
+    restore_embeddings_(model, linears, dtype)
     return model
 
 
@@ -171,6 +220,8 @@ def _check(
     name = format_of(scheme)
     if isinstance(model, nn.Linear):
         raise ValueError("quantize_: model must contain its Linear layers, got a Linear")
+    if isinstance(model, nn.Embedding):
+        raise ValueError("quantize_: model must contain its embeddings, got an Embedding")
     if data is not None and not data:
         raise ValueError("quantize_: calibration must hold at least one input, got none")
     if method is None:
@@ -186,12 +237,12 @@ def _check(
     return method
 
 
-def _measure(name: str, weight: Tensor, layer: QuantLinear) -> LayerReport:
+def _measure(name: str, weight: Tensor, qweight: QuantizedWeight) -> LayerReport:
     wide = weight.detach().float()
     norm = wide.norm().item()
-    error = (layer.qweight.dequantize() - wide).norm().item() / norm if norm else 0.0
-    shape = (layer.out_features, layer.in_features)
-    return LayerReport(name, layer.scheme, shape, weight.nbytes, layer.qweight.nbytes, error)
+    error = (qweight.dequantize() - wide).norm().item() / norm if norm else 0.0
+    size = weight.nbytes, qweight.nbytes
+    return LayerReport(name, qweight.scheme, qweight.shape, *size, error)
 
 
 def _bytes(model: nn.Module) -> int:

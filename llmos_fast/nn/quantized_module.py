@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -22,16 +23,23 @@ class QuantizedModule(nn.Module):
     zero_points: Tensor | None
 
     def _store(self, weight: QuantizedWeight) -> None:
-        self.scheme, self.group_size, self._shape = weight.scheme, weight.group_size, weight.shape
+        self.scheme, self.group_size = weight.scheme, weight.group_size
         self.register_buffer("packed", weight.packed)
         self.register_buffer("scales", weight.scales)
         self.register_buffer("zero_points", weight.zero_points)
+        self._qweight = weight
 
     @property
     def qweight(self) -> QuantizedWeight:
         """The weight as ``ops.quant_matmul`` takes it; the tensors are the module's own."""
-        parts = (self.packed, self.scales, self.zero_points)
-        return QuantizedWeight(*parts, self.scheme, self.group_size, self._shape)
+        known, packed, scales = self._qweight, self.packed, self.scales
+        zeros = self.zero_points
+        if known.packed is packed and known.scales is scales and known.zero_points is zeros:
+            return known
+        known = replace(known, packed=packed, scales=scales, zero_points=zeros)
+        if not torch.compiler.is_compiling():
+            self._qweight = known
+        return known
 
     def get_extra_state(self) -> Tensor:
         """The scheme's name as bytes: int4 and nf4 have the same shapes, but other levels."""
@@ -53,4 +61,5 @@ class QuantizedModule(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scales.dtype != exact.dtype:
             self.scales = exact.to(self.scales.device)
+        self._qweight = self.qweight  # lets go of what the buffers were before
         return self

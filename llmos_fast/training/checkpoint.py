@@ -28,20 +28,24 @@ _TOKENIZERS: dict[str, type[Vocabulary] | type[BytePairTokenizer]] = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the linear layers of a model are stored.
+    """How the weights of a model are stored.
 
     layers: schemes, by name, of the layers that have another one than ``scheme``
+    embeddings: whether embeddings are quantized, as linear layers are
     """
 
     scheme: str
     group_size: int
     layers: dict[str, str] = field(default_factory=dict)
+    embeddings: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, dict):
             raise ValueError(
                 f"Quantization: layers must be a dict of schemes by name, got {self.layers!r}"
             )
+        if not isinstance(self.embeddings, bool):
+            raise ValueError(f"Quantization: embeddings must be a bool, got {self.embeddings!r}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,11 @@ class Checkpoint:
         if config["quantization"] is not None:
             quantization = Quantization(**config["quantization"])
             empty_quantized_(
-                model, quantization.scheme, quantization.group_size, quantization.layers
+                model,
+                quantization.scheme,
+                quantization.group_size,
+                quantization.layers,
+                embeddings=quantization.embeddings,
             )
         model.load_state_dict(read_tensors(folder / "model.safetensors"))
         return cls(model.eval(), tokenizer, config["text"], config["context"], quantization)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -65,10 +65,23 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file. Raises OSError where the disk refuses."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    """Write a safetensors file. Raises OSError where the disk refuses.
+
+    What is one tensor under several names (tied weights) is written once; the file's metadata
+    tells, of each other name, whose tensor it has, as ``safetensors.torch.save_model`` does.
+    """
+    first: dict[tuple[object, ...], str] = {}
+    aliases = {}
+    contiguous = {}
+    for name, tensor in tensors.items():
+        where = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        same = first.setdefault(where, name) if tensor.numel() else name
+        if same == name:
+            contiguous[name] = tensor.detach().contiguous()
+        else:
+            aliases[name] = same
     try:
-        save_file(contiguous, path)
+        save_file(contiguous, path, aliases or None)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
@@ -76,7 +89,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file. Raises ValueError where it is missing or not whole."""
     try:
-        return load_file(path)
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            aliases = file.metadata() or {}
+        return tensors | {n: tensors[same] for n, same in aliases.items() if same in tensors}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
