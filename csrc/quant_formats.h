@@ -7,6 +7,7 @@
 // [panel][group][16 rows]. fp8 lies in rows instead, with one scale per row.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -86,6 +87,7 @@ LLMOS_HOST_DEVICE inline float nf4_value(int code) {
 
 // e4m3: sign, 4 bits of exponent (bias 7), 3 bits of mantissa; 0x7f and 0xff are NaN.
 LLMOS_HOST_DEVICE inline float fp8_value(int code) {
+  if ((code & 0x7f) == 0x7f) return NAN;
   const int exponent = (code >> 3) & 0xf;
   const int mantissa = code & 7;
   float magnitude = exponent == 0 ? mantissa * (1.0f / 512) : (8 + mantissa) * (1.0f / 1024);

@@ -50,6 +50,8 @@ from llmos_fast.rounding import METHODS, choose_scales, encode
 SCHEMES = tuple(f"{name}{suffix}" for name in FORMATS for suffix in ("", "_a16"))
 GROUP_SIZES = (32, 64, 128)
 PANEL = 16
+# Where the code of weight i begins in a word of 4-bit weights.
+_NIBBLE_SHIFTS = (0, 8, 16, 24, 4, 12, 20, 28)
 
 
 def format_of(scheme: str) -> str:
@@ -142,6 +144,28 @@ class QuantizedWeight:
         """(N, K) in ``dtype``: scale * level in fp32 (fp64 for fp64), rounded once."""
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         return (levels(self, compute) * _spread(self.row_scales().to(compute), self)).to(dtype)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(ids, K): ``dequantize(dtype)[ids]`` for int64 ids, of which no other row is read."""
+        name, k = format_of(self.scheme), self.shape[1]
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        if name == "fp8":
+            found = levels_of_codes(name, self.packed[ids], None, compute)
+            return found.mul_(self.scales[ids]).to(dtype)
+        where = ids // PANEL, slice(None), ids % PANEL
+        words = self.packed.view(torch.int32).squeeze(-1)[where]
+        scales = self.scales[where].to(compute)
+        if name not in FOUR_BIT:
+            codes = words.view(torch.uint8)[:, :k]
+            return levels_of_codes(name, codes, None, compute).mul_(scales).to(dtype)
+        shifts = torch.tensor(_NIBBLE_SHIFTS, dtype=torch.int32, device=ids.device)
+        codes = (words.unsqueeze(-1) >> shifts).bitwise_and_(15).flatten(1)
+        groups = scales.shape[1]
+        filled = groups * self.group_size - codes.shape[1]
+        grouped = torch.nn.functional.pad(codes, (0, filled)).unflatten(1, (groups, -1))
+        zeros = None if self.zero_points is None else self.zero_points[where].to(compute)[..., None]
+        found = levels_of_codes(name, grouped, zeros, compute)
+        return found.mul_(scales[..., None]).flatten(1)[:, :k].to(dtype)
 
 
 def _error(part: str, rule: str, got: object) -> ValueError:

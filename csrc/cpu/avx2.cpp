@@ -1,3 +1,5 @@
+#if defined(__x86_64__)
+
 #include <immintrin.h>
 #include <omp.h>
 
@@ -43,3 +45,5 @@ const Kernels avx2_kernels = {
 
 }  // namespace llmos
 LLMOS_TARGET_END
+
+#endif

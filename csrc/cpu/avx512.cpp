@@ -1,3 +1,5 @@
+#if defined(__x86_64__)
+
 #include <immintrin.h>
 #include <omp.h>
 
@@ -36,3 +38,5 @@ const Kernels avx512_kernels = {
 
 }  // namespace llmos
 LLMOS_TARGET_END
+
+#endif

@@ -150,7 +150,10 @@ struct Kernels {
   void (*attention_backward)(const AttentionBackward&);
 };
 
-extern const Kernels avx512_kernels, avx2_kernels, generic_kernels;
+extern const Kernels generic_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx512_kernels, avx2_kernels;
+#endif
 
 const Kernels& kernels();  // the table that this CPU, or LLMOS_FAST_CPU, asks for
 

@@ -97,16 +97,8 @@ struct Avx2 {
                               _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
     } else {
       const I code = _mm256_srl_epi32(raw, _mm_cvtsi32_si128(8 * i));
-      if constexpr (kFormat == WeightFormat::kInt8) {
-        const I byte = _mm256_and_si256(code, _mm256_set1_epi32(255));
-        return _mm256_cvtepi32_ps(_mm256_sub_epi32(byte, _mm256_set1_epi32(128)));
-      } else {
-        // exponent and mantissa moved to a float's place leave its exponent 120 too low
-        const I magnitude = _mm256_slli_epi32(_mm256_and_si256(code, _mm256_set1_epi32(0x7f)), 20);
-        const I sign = _mm256_and_si256(_mm256_slli_epi32(code, 24), _mm256_set1_epi32(INT32_MIN));
-        return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, magnitude)),
-                             _mm256_set1_ps(0x1p120f));
-      }
+      const I byte = _mm256_and_si256(code, _mm256_set1_epi32(255));
+      return _mm256_cvtepi32_ps(_mm256_sub_epi32(byte, _mm256_set1_epi32(128)));
     }
   }
 };

@@ -70,21 +70,14 @@ struct Avx512 {
   template <WeightFormat kFormat>
   static F decode(I raw, int i, F levels) {
     if constexpr (is_4bit(kFormat)) {
-      return _mm512_permutexvar_ps(_mm512_srl_epi32(raw, _mm_cvtsi32_si128(nibble_shift(i))), levels);
+      const I code = _mm512_srl_epi32(raw, _mm_cvtsi32_si128(nibble_shift(i)));
+      return _mm512_permutexvar_ps(code, levels);
     } else {
+      // code + 2^23 as float by setting the bits of 2^23 above it; then minus (2^23 + 128)
       const I code = _mm512_srl_epi32(raw, _mm_cvtsi32_si128(8 * i));
-      if constexpr (kFormat == WeightFormat::kInt8) {
-        // code + 2^23 as float by setting the bits of 2^23 above it; then minus (2^23 + 128)
-        const I bits = _mm512_ternarylogic_epi32(code, _mm512_set1_epi32(255),
-                                                 _mm512_set1_epi32(0x4b000000), 0xea);
-        return _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(8388736.0f));
-      } else {
-        // exponent and mantissa moved to a float's place leave its exponent 120 too low
-        const I magnitude = _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x7f)), 20);
-        const I bits = _mm512_ternarylogic_epi32(_mm512_slli_epi32(code, 24),
-                                                 _mm512_set1_epi32(INT32_MIN), magnitude, 0xea);
-        return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));
-      }
+      const I bits = _mm512_ternarylogic_epi32(code, _mm512_set1_epi32(255),
+                                               _mm512_set1_epi32(0x4b000000), 0xea);
+      return _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(8388736.0f));
     }
   }
 };

@@ -114,8 +114,7 @@ struct Generic {
     return each<float>([&](int lane) {
       const uint32_t word = raw.lane[lane];
       if constexpr (is_4bit(kFormat)) return levels.lane[(word >> nibble_shift(i)) & 15];
-      const int byte = (word >> (8 * i)) & 255;
-      return kFormat == WeightFormat::kInt8 ? static_cast<float>(byte - 128) : fp8_value(byte);
+      return static_cast<float>(static_cast<int>((word >> (8 * i)) & 255) - 128);
     });
   }
 };

@@ -53,10 +53,9 @@ struct Product {
 
   // `next` is what this thread will run after `task`.
   void run(const Task& task, const Task& next) const {
-    if (kKind != Kind::kPairs && plan.streams)
-      stream(task);
-    else
-      blocks(task, next);
+    if constexpr (kKind != Kind::kPairs && kFormat != WeightFormat::kFp8)
+      if (plan.streams) return stream(task);
+    blocks(task, next);
   }
 
  private:
@@ -172,7 +171,7 @@ struct Product {
   template <int V>
   const uint8_t* fetch(const Task& task, int64_t row, int p, const Weights& w,
                        const Weights& following) const {
-    if constexpr (V < 2 || kFormat == WeightFormat::kFp8) return w.words;
+    if constexpr (kPanelVectors > 2 || V < 2 || kFormat == WeightFormat::kFp8) return w.words;
     const int64_t per_strip = task.panels * kPanelVectors / V, units = task.panels * 2 / V;
     const int64_t tiles = ceil_div(task.rows, S::kRows) * per_strip;
     const int64_t tile = row / S::kRows * per_strip + p * kPanelVectors / V;

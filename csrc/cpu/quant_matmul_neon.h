@@ -70,14 +70,9 @@ struct Neon {
       const uint32x4_t code = vandq_u32(shifted, vdupq_n_u32(15));
       const uint32x4_t index = vmlaq_n_u32(vdupq_n_u32(0x03020100), code, 0x04040404);
       return vreinterpretq_f32_u8(vqtbl4q_u8(levels, vreinterpretq_u8_u32(index)));
-    } else if constexpr (kFormat == WeightFormat::kInt8) {
+    } else {
       const I byte = vreinterpretq_s32_u32(vandq_u32(shifted, vdupq_n_u32(255)));
       return vcvtq_f32_s32(vsubq_s32(byte, vdupq_n_s32(128)));
-    } else {
-      // exponent and mantissa moved to a float's place leave its exponent 120 too low
-      const uint32x4_t magnitude = vshlq_n_u32(vandq_u32(shifted, vdupq_n_u32(0x7f)), 20);
-      const uint32x4_t sign = vandq_u32(vshlq_n_u32(shifted, 24), vdupq_n_u32(0x80000000));
-      return vmulq_n_f32(vreinterpretq_f32_u32(vorrq_u32(sign, magnitude)), 0x1p120f);
     }
   }
 };

@@ -7,13 +7,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from llmos_fast.formats import FOUR_BIT, levels_of_codes
 from llmos_fast.nn.quant_linear import QuantLinear
 from llmos_fast.nn.quantized_module import QuantizedModule
-from llmos_fast.quantize import PANEL, QuantizedWeight, empty, format_of, quantize
-
-# Byte j of a word of 4-bit codes holds k = j in its low and k = 4 + j in its high half.
-_SHIFTS = (0, 8, 16, 24, 4, 12, 20, 28)
+from llmos_fast.quantize import QuantizedWeight, empty, quantize
 
 
 class QuantEmbedding(QuantizedModule):
@@ -109,7 +105,7 @@ class QuantEmbedding(QuantizedModule):
         rows = ids.reshape(-1).long()
         if rows.numel():
             self._check_range(rows)
-        return _rows(self.qweight, rows, self.dtype).view(*ids.shape, self.embedding_dim)
+        return self.qweight.rows(rows, self.dtype).view(*ids.shape, self.embedding_dim)
 
     def _check_range(self, ids: Tensor) -> None:
         low, high = ids.aminmax()
@@ -151,27 +147,3 @@ def refusal(embedding: nn.Embedding) -> str | None:
         if getattr(embedding, option):
             return f"have {option}, got True"
     return None
-
-
-def _rows(table: QuantizedWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """(ids, K): ``table.dequantize(dtype)[ids]``, of which no other row is read."""
-    name, (_, k) = format_of(table.scheme), table.shape
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    if name == "fp8":
-        levels = levels_of_codes(name, table.packed[ids], None, compute)
-        return levels.mul_(table.scales[ids]).to(dtype)
-    where = ids // PANEL, slice(None), ids % PANEL
-    words = table.packed.view(torch.int32).squeeze(-1)[where]
-    scales = table.scales[where].to(compute)
-    if name not in FOUR_BIT:
-        codes = words.view(torch.uint8)[:, :k]
-        return levels_of_codes(name, codes, None, compute).mul_(scales).to(dtype)
-    zeros = None if table.zero_points is None else table.zero_points[where].to(compute)
-    shifts = torch.tensor(_SHIFTS, dtype=torch.int32, device=ids.device)
-    codes = (words.unsqueeze(-1) >> shifts).bitwise_and_(15).flatten(1)
-    groups, group = scales.shape[1], table.group_size
-    if groups * group > codes.shape[1]:
-        codes = nn.functional.pad(codes, (0, groups * group - codes.shape[1]))
-    grouped = codes.view(len(ids), groups, group)
-    levels = levels_of_codes(name, grouped, None if zeros is None else zeros[..., None], compute)
-    return levels.mul_(scales[..., None]).flatten(1)[:, :k].to(dtype)

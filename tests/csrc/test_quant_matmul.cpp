@@ -69,6 +69,7 @@ Bounded activate(int activation, Bounded y) {
   if (activation == static_cast<int>(Activation::gelu_tanh))
     value = x / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
   if (activation == static_cast<int>(Activation::silu)) value = x / (1 + std::exp(-x));
+  if (std::isnan(x)) value = x;  // which fmax drops
   return {value, slope * y.error + 1e-6 * std::fabs(x)};
 }
 
