@@ -1,24 +1,11 @@
 #include "cpu/quant_matmul.h"
 
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 #include "cpu/bf16.h"
 #include "cpu/dispatch.h"
 
 namespace llmos {
 
 namespace {
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
-struct Buffer {
-  std::unique_ptr<void, Free> memory;
-  size_t bytes = 0;
-};
 
 // A word of a panel holds the same columns of 16 rows: rows are gathered from one cache line each.
 template <typename T>
@@ -62,19 +49,6 @@ void dequantize(const WeightShape& shape, const uint8_t* packed, const void* sca
     dequantize_rows(shape, packed, scales, zeros, static_cast<uint16_t*>(out));
   else
     dequantize_rows(shape, packed, scales, zeros, static_cast<float*>(out));
-}
-
-void* thread_scratch(Scratch slot, size_t bytes) {
-  static thread_local Buffer buffers[2];
-  Buffer& buffer = buffers[static_cast<int>(slot)];
-  if (buffer.bytes < bytes) {
-    const size_t rounded = (bytes + 63) / 64 * 64;
-    buffer.bytes = 0;
-    buffer.memory.reset(std::aligned_alloc(64, rounded));
-    if (!buffer.memory) throw std::bad_alloc();
-    buffer.bytes = rounded;
-  }
-  return buffer.memory.get();
 }
 
 }  // namespace llmos

@@ -1,7 +1,6 @@
 // y = activation(x W^T + bias) + residual, where W is stored in a format of quant_formats.h.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "cpu/activation.h"
@@ -64,9 +63,5 @@ void quant_matmul(const QuantMatmul& call);
 // out (n, k) in fp32, or bf16 where `bf16` is set: scale * level, rounded once.
 void dequantize(const WeightShape& shape, const uint8_t* packed, const void* scales,
                 const uint8_t* zeros, bool bf16, void* out);
-
-// Memory of the calling thread, 64-byte aligned, kept between calls. Slots are independent.
-enum class Scratch : int { kRows = 0, kTile = 1 };
-void* thread_scratch(Scratch slot, size_t bytes);
 
 }  // namespace llmos

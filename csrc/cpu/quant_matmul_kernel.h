@@ -18,6 +18,15 @@ constexpr int64_t kBlockRows = 516;  // a multiple of every S::kRows
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The calling thread holds the rows of x while it runs tasks of its own.
+constexpr int kTaskScratch = 0, kRowsScratch = 1;
+
+template <int slot>
+char* scratch_bytes(int64_t bytes) {
+  const int64_t floats = ceil_div(bytes, sizeof(float));
+  return reinterpret_cast<char*>(thread_scratch<slot>().floats(floats));
+}
+
 template <typename T>
 inline T* take(char*& memory, int64_t count) {
   T* taken = reinterpret_cast<T*>(memory);
@@ -70,11 +79,15 @@ struct Product {
             words};
   }
 
-  Weights staged(int64_t panel, int p) const {
-    Weights w = stored(panel + p, 0);
-    w.words = reinterpret_cast<const uint8_t*>(stage + p * kPanel);
-    w.word_stride = kColumns * sizeof(float);
-    w.panel_stride = kPanel * sizeof(float);
+  // Panel `p` of a task's block that begins with `word`, as tiles read it: staged, unless codes are
+  // unpacked in registers.
+  Weights operand(int64_t panel, int p, int64_t word) const {
+    Weights w = stored(panel + p, word);
+    if (!kInteger) {
+      w.words = reinterpret_cast<const uint8_t*>(stage + p * kPanel);
+      w.word_stride = kColumns * sizeof(float);
+      w.panel_stride = kPanel * sizeof(float);
+    }
     return w;
   }
 
@@ -156,14 +169,13 @@ struct Product {
     float* out = y + row * kColumns;
     int p = 0;
     for (; p + kStep <= task.panels; p += kStep) {
-      Weights w = kInteger ? stored(task.panel + p, word) : staged(task.panel, p);
+      Weights w = operand(task.panel, p, word);
       w.fetch = fetch<V>(task, row, p, w, following);
       tile<MR, V, S::kRows, true>(w, part, task.row + row, k, out + p * kPanel);
     }
-    for (; p < task.panels; ++p) {
-      const Weights w = kInteger ? stored(task.panel + p, word) : staged(task.panel, p);
-      tile<MR, kPanelVectors, S::kRows, true>(w, part, task.row + row, k, out + p * kPanel);
-    }
+    for (; p < task.panels; ++p)
+      tile<MR, kPanelVectors, S::kRows, true>(operand(task.panel, p, word), part, task.row + row,
+                                              k, out + p * kPanel);
   }
 
   // What the tile of V vectors at (row, p) fetches of the block that is next: V / 2 panels or
@@ -258,8 +270,7 @@ void run_format(const QuantMatmul& call, const Plan& plan, const Rows& rows) {
 
 #pragma omp parallel if (call.m * call.weight.n * call.weight.k > 1 << 16)
   {
-    char* own = static_cast<char*>(
-        thread_scratch(Scratch::kTile, (stage_size + y_size) * sizeof(float) + 128));
+    char* own = scratch_bytes<kTaskScratch>((stage_size + y_size) * sizeof(float) + 128);
     float* stage = take<float>(own, stage_size);
     float* y = take<float>(own, y_size);
     const Product<S, kFormat, kKind, T> product{call, plan, rows, stage, y};
@@ -319,8 +330,7 @@ void run_typed(const QuantMatmul& call) {
 
   const int64_t filled = ceil_div(m, plan.strip) * plan.strip;  // rows
   const int64_t x_size = filled * plan.depth * (call.integer ? 1 : pairs ? 2 : 4);
-  char* memory = static_cast<char*>(
-      thread_scratch(Scratch::kRows, x_size + 2 * filled * plan.groups * 4 + 256));
+  char* memory = scratch_bytes<kRowsScratch>(x_size + 2 * filled * plan.groups * 4 + 256);
   int8_t* integers = take<int8_t>(memory, x_size);
   float* floats = reinterpret_cast<float*>(integers);
   Pair* words = reinterpret_cast<Pair*>(integers);

@@ -9,4 +9,5 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/quant_matmul.h"
+#include "cpu/scratch.h"
 #include "cpu/target.h"

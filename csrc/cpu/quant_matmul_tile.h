@@ -11,8 +11,8 @@ namespace {
 // Bytes that a stream of weights is fetched ahead: hardware stops at the end of every 4 KiB page.
 constexpr int64_t kAhead = 2048;
 
-constexpr int kPanels = 4;                   // a task covers at most
-constexpr int kColumns = kPanels * kPanel;   // columns
+// What a task covers at most.
+constexpr int kPanels = 4, kColumns = kPanels * kPanel;
 
 // Weights of one register tile, from its first panel on. They are read where they are stored, or
 // from staged levels, one k per word.
@@ -56,8 +56,8 @@ inline typename S::I load_zeros(const Weights& w, int64_t group, int v) {
 }
 
 // y[MR][kColumns] for int8 activations; words and x (a strip of kStrip rows) begin where the part
-// begins. Formats with one scale per row give the exact integers
-// (as int32); the others apply the scales of their groups, of weights and x, and give fp32.
+// begins. Formats with one scale per row give the exact integers (as int32); the others apply the
+// scales of their groups, of weights and x, and give fp32.
 template <class S, int MR, int V, WeightFormat kFormat, int kStrip, bool kStreams>
 void integer_tile(const Weights& w, const Part& part, const int8_t* x, const int32_t* offsets,
                   const float* x_scales, float* y) {

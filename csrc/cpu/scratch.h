@@ -30,6 +30,8 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
+// Slots are independent: one stays as it is while another is taken.
+template <int slot = 0>
 inline Scratch& thread_scratch() {
   static thread_local Scratch scratch;
   return scratch;
