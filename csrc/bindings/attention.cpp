@@ -93,6 +93,49 @@ void bind_attention(py::module_& module) {
         kernels().attention_backward(call);
       },
       ReleaseGil());
+  module.def(
+      "attention_decode",
+      [](Address query, Address keys, Address values, Address lengths, bool wide_lengths,
+         Address block_table, bool wide_table, Address key_scale, const Strides& key_scale_strides,
+         Address value_scale, const Strides& value_scale_strides, Address alibi, Address sinks,
+         Address out, const Strides& query_strides, const Strides& key_strides,
+         const Strides& value_strides, const Strides& out_strides,
+         const std::array<int64_t, 6>& sizes, const std::array<int64_t, 3>& pages,
+         int64_t alibi_stride, int64_t window_left, int type, int cache_type, float scale,
+         float softcap) {
+        const auto [batch, heads_q, heads_kv, seq_q, head_dim, head_dim_v] = sizes;
+        const auto [page_count, page_size, pages_per_sequence] = pages;
+        kernels().attention_decode({pointer<void>(query),
+                                    pointer<void>(keys),
+                                    pointer<void>(values),
+                                    {pointer<void>(lengths), wide_lengths},
+                                    {pointer<void>(block_table), wide_table},
+                                    {pointer<float>(key_scale), strides4(key_scale_strides)},
+                                    {pointer<float>(value_scale), strides4(value_scale_strides)},
+                                    pointer<float>(alibi),
+                                    pointer<float>(sinks),
+                                    pointer<void>(out),
+                                    strides4(query_strides),
+                                    strides4(key_strides),
+                                    strides4(value_strides),
+                                    strides4(out_strides),
+                                    batch,
+                                    heads_q,
+                                    heads_kv,
+                                    seq_q,
+                                    head_dim,
+                                    head_dim_v,
+                                    page_count,
+                                    page_size,
+                                    pages_per_sequence,
+                                    alibi_stride,
+                                    window_left,
+                                    DType(type),
+                                    CacheType(cache_type),
+                                    scale,
+                                    softcap});
+      },
+      ReleaseGil());
 }
 
 }  // namespace llmos

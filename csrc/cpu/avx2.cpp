@@ -41,6 +41,7 @@ const Kernels avx2_kernels = {
     avx2::cross_entropy,
     avx2::attention_forward,
     avx2::attention_backward,
+    avx2::attention_decode,
 };
 
 }  // namespace llmos

@@ -34,6 +34,7 @@ const Kernels avx512_kernels = {
     avx512::cross_entropy,
     avx512::attention_forward,
     avx512::attention_backward,
+    avx512::attention_decode,
 };
 
 }  // namespace llmos

@@ -30,6 +30,7 @@ const Kernels generic_kernels = {
     generic::cross_entropy,
     generic::attention_forward,
     generic::attention_backward,
+    generic::attention_decode,
 };
 
 }  // namespace llmos

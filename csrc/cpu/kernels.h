@@ -137,6 +137,35 @@ struct AttentionBackward : Attention {
   int64_t d_bias_columns;
 };
 
+enum class CacheType : int { f32 = 0, bf16 = 1, int8 = 2, fp8 = 3 };  // fp8: e4m3fn
+
+struct Integers {
+  const void* data;
+  bool wide;  // int64, else int32
+};
+
+struct RowScale {
+  const float* data;  // null: 1
+  Strides4 strides;
+};
+
+// See llmos_fast/ops/attention_decode.py. A dense cache is one of a page per sequence.
+struct AttentionDecode {
+  const void *query, *keys, *values;
+  Integers lengths, block_table;  // [batch]; null or [batch, pages_per_sequence]
+  RowScale key_scale, value_scale;
+  const float* alibi;  // null, or slope at [batch * alibi_stride + head]
+  const float* sinks;  // null, or [heads_q]
+  void* out;
+  Strides4 query_strides, key_strides, value_strides, out_strides;
+  int64_t batch, heads_q, heads_kv, seq_q, head_dim, head_dim_v;
+  int64_t pages, page_size, pages_per_sequence, alibi_stride;
+  int64_t window_left;  // -1 = open
+  DType type;           // of query and out
+  CacheType cache_type;
+  float scale, softcap;
+};
+
 struct Kernels {
   const char* name;
   bool (*runs_here)();
@@ -148,6 +177,7 @@ struct Kernels {
   void (*cross_entropy)(const CrossEntropy&);
   void (*attention_forward)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&);
+  void (*attention_decode)(const AttentionDecode&);
 };
 
 extern const Kernels generic_kernels;

@@ -8,3 +8,4 @@
 #include "cpu/rotary.inl"
 #include "cpu/cross_entropy.inl"
 #include "cpu/attention.inl"
+#include "cpu/attention_decode.inl"

@@ -8,7 +8,7 @@ from torch import Tensor
 from llmos_fast.dispatch import implementations, select
 from llmos_fast.ops import check
 
-implementations("attention_decode", "triton")
+implementations("attention_decode", "native", "triton")
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 PAGE_MULTIPLE = 16

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from llmos_fast import explain, ops, reference
 from llmos_fast.testing import assert_within_budget, random
 
-IMPLEMENTATIONS = ["triton", "reference"]
+KERNELS = ["native", "triton"]
+IMPLEMENTATIONS = [*KERNELS, "reference"]
 FP8 = torch.float8_e4m3fn
 
 SHAPES = [  # batch, heads_q, heads_kv, seq_q, capacity, head_dim, head_dim_v
@@ -111,7 +112,7 @@ def in_pages(tensors, options, page_size):
     return tensors, options | {"block_table": torch.where(used, table, strange).int()}
 
 
-def check(tensors, options):
+def check(tensors, options, impl):
     call = tensors | options
     capacity = call["key_cache"].shape[2]
     if "block_table" in call:
@@ -123,15 +124,16 @@ def check(tensors, options):
         reference.attention_decode,
         tensors,
         options,
-        impl="triton",
+        impl=impl,
         reduction=reduction,
     )
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_each_feature(shape, feature, dtype):
-    check(*make_call(shape, FEATURES[feature], dtype))
+def test_each_feature(shape, feature, impl, dtype):
+    check(*make_call(shape, FEATURES[feature], dtype), impl)
 
 
 @settings(max_examples=60, deadline=None)
@@ -147,21 +149,57 @@ def test_each_feature(shape, feature, dtype):
     ),
     names=st.sets(st.sampled_from(sorted(FEATURES)), max_size=4),
     page_size=st.sampled_from([None, 16, 48]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    kernel=st.sampled_from(
+        [("native", torch.float32), ("native", torch.bfloat16)]
+        + [("triton", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    ),
     data=st.data(),
 )
-def test_features_combine(shape, names, page_size, dtype, data):
+def test_features_combine(shape, names, page_size, kernel, data):
     features = {k: v for name in sorted(names) for k, v in FEATURES[name].items()}
+    impl, dtype = kernel
     lengths = [data.draw(st.integers(0, shape[4])) for _ in range(shape[0])]
     call = make_call(shape, features, dtype, lengths)
     if page_size is not None:
         call = in_pages(*call, page_size)
-    check(*call)
+    check(*call, impl)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("head_dims", [(512, 512), (300, 128), (80, 80)], ids=str)
-def test_large_head_dims(head_dims):
-    check(*make_call((1, 20, 1, 1, 70, *head_dims), {"sinks": True}, torch.bfloat16))
+def test_large_head_dims(head_dims, impl):
+    check(*make_call((1, 20, 1, 1, 70, *head_dims), {"sinks": True}, torch.bfloat16), impl)
+
+
+@pytest.mark.parametrize("features", [{}, {"window": (300, -1), "sinks": True}], ids=str)
+def test_more_keys_and_queries_than_a_unit_has(features, dtype):
+    """Partial softmaxes over 256 keys and 64 rows each; some units have no key that is seen."""
+    call = make_call((2, 6, 2, 30, 1100, 64, 48), features, dtype, [1100, 263])
+    check(*call, "native")
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    tensors, options = make_call((2, 6, 2, 3, 700, 64, 64), {}, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(ops.attention_decode(**tensors, **options, impl="native"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_query_that_is_not_a_number_gives_none():
+    tensors, options = make_call((1, 2, 2, 2, 40, 8, 8), {"sinks": True}, torch.float32, [40])
+    clean = ops.attention_decode(**tensors, **options, impl="native")
+    tensors["query"][0, 1, 0, 3] = torch.nan
+    out = ops.attention_decode(**tensors, **options, impl="native")
+    assert out[0, 1, 0].isnan().all()
+    assert torch.equal(out[0, 0], clean[0, 0])
+    assert torch.equal(out[0, 1, 1], clean[0, 1, 1])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -240,9 +278,10 @@ def test_later_tokens_do_not_reach_earlier_queries(impl):
     assert not torch.equal(after[:, :, 2], before[:, :, 2])
 
 
-def test_any_strides():
+@pytest.mark.parametrize("impl", KERNELS)
+def test_any_strides(impl):
     tensors, options = make_call((2, 4, 2, 2, 70, 8, 8), {"sinks": True}, torch.float32)
-    expected = ops.attention_decode(**tensors, **options, impl="triton")
+    expected = ops.attention_decode(**tensors, **options, impl=impl)
     # a sequence's rows with heads inside; then columns that are not adjacent
     for a, b in ((1, 2), (2, 3)):
         moved = {
@@ -251,7 +290,7 @@ def test_any_strides():
             if n != "sinks"
         }
         moved["sinks"] = tensors["sinks"].repeat_interleave(2)[::2]
-        assert torch.equal(ops.attention_decode(**moved, **options, impl="triton"), expected)
+        assert torch.equal(ops.attention_decode(**moved, **options, impl=impl), expected)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -322,7 +361,7 @@ BAD = [
     (quantized_call() | {"key_scale": torch.ones(1, 2, 2, 32)}, "key_scale must broadcast"),
     ({"query": random(2, 4, 1, 8, requires_grad=True)}, "query must not require gradients"),
     ({"sinks": random(4, requires_grad=True)}, "sinks must not require gradients"),
-    ({"impl": "native"}, "no such implementation"),
+    ({"impl": "cuda"}, "no such implementation"),
 ]
 
 
@@ -353,14 +392,16 @@ def test_what_the_kernel_does_not_take():
         tensors, options = make_call((1, 1, 1, 1, 9, head_dim, head_dim), {}, dtype)
         return explain(ops.attention_decode, **tensors, **options)
 
-    assert refusals(512, torch.bfloat16) == [("triton", None), ("reference", None)]
-    assert refusals(513, torch.bfloat16)[0].reason == (
+    taken = [("native", None), ("triton", None), ("reference", None)]
+    assert refusals(512, torch.bfloat16) == taken
+    assert refusals(513, torch.bfloat16)[1].reason == (
         "needs head dimensions of 1 to 512 for torch.bfloat16, got 513"
     )
-    assert refusals(129, torch.float32)[0].reason == (
+    assert refusals(129, torch.float32)[1].reason == (
         "needs head dimensions of 1 to 128 for torch.float32, got 129"
     )
-    assert "float64" in refusals(8, torch.float64)[0].reason
+    assert all("float64" in refusal.reason for refusal in refusals(8, torch.float64)[:2])
+    assert "float16" in refusals(8, torch.float16)[0].reason
 
 
 def test_autocast_casts_the_query():
@@ -371,14 +412,15 @@ def test_autocast_casts_the_query():
         assert torch.equal(ops.attention_decode(**wide, **options), expected)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("page_size", [None, 16])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiles_in_one_graph(page_size, dtype):
+def test_compiles_in_one_graph(page_size, impl, dtype):
     torch._dynamo.reset()
     tensors, options = make_call((2, 4, 2, 2, 70, 8, 6), FEATURES["int8"], dtype)
     if page_size is not None:
         tensors, options = in_pages(tensors, options, page_size)
-    options["impl"] = "triton"
+    options["impl"] = impl
     compiled = torch.compile(ops.attention_decode, fullgraph=True, backend="aot_eager")
     expected = ops.attention_decode(**tensors, **options)
     out = compiled(**tensors, **options)
@@ -386,7 +428,8 @@ def test_compiles_in_one_graph(page_size, dtype):
     assert out.stride() == expected.stride()
 
 
-def test_opcheck():
+@pytest.mark.parametrize("impl", KERNELS)
+def test_opcheck(impl):
     tensors, options = make_call(
         (2, 4, 2, 2, 70, 8, 6), FEATURES["int8"] | FEATURES["sinks"], torch.float32
     )
@@ -394,15 +437,8 @@ def test_opcheck():
     call = tensors | options
     names = ("query", "key_cache", "value_cache", "cache_lengths", "block_table")
     names += ("key_scale", "value_scale", "sinks")
+    operator = {"native": "attention_decode", "triton": "attention_decode_triton"}[impl]
     torch.library.opcheck(
-        torch.ops.llmos_fast.attention_decode_triton.default,
+        getattr(torch.ops.llmos_fast, operator).default,
         (*(call[name] for name in names), None, 0.3, -1, 0.0),
     )
-
-
-def test_meta_tensors_have_the_shape_and_the_strides():
-    tensors, options = make_call((2, 4, 2, 3, 70, 8, 6), {}, torch.float32)
-    out = ops.attention_decode(**tensors, **options, impl="reference")
-    meta = {name: t.to("meta") for name, t in tensors.items()}
-    lengths = options["cache_lengths"].to("meta")
-    assert ops.attention_decode(**meta, cache_lengths=lengths).shape == out.shape
