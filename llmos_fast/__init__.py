@@ -1,6 +1,7 @@
 """llmos_fast: a fast Transformer engine for PyTorch, drop-in layers on kernels of its own."""
 
 from llmos_fast import ops, reference
+from llmos_fast.capture import Captured, capture
 from llmos_fast.dispatch import explain, use
 from llmos_fast.models import TransformerModel
 from llmos_fast.nn import (
@@ -23,6 +24,7 @@ from llmos_fast.version import __version__
 reference.publish(ops)
 
 __all__ = [
+    "Captured",
     "MultiheadAttention",
     "QuantEmbedding",
     "QuantLinear",
@@ -35,6 +37,7 @@ __all__ = [
     "TransformerModel",
     "__version__",
     "accelerate",
+    "capture",
     "dequantize_",
     "explain",
     "ops",

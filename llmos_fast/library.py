@@ -17,6 +17,9 @@ LIBRARY = torch.library.Library("llmos_fast", "DEF")
 
 Function = Callable[..., Any]
 
+# the CPU kernel of each registered op, which takes the op's arguments
+KERNELS: dict[Any, Function] = {}
+
 
 def is_plain(arguments: tuple[Any, ...]) -> bool:
     """True where every tensor is an ordinary one and nobody traces: raw pointers may be taken."""
@@ -145,4 +148,6 @@ def _define(schema: str, kernel: Function, fake: Function, devices: tuple[str, .
         LIBRARY.impl(name, kernel, device)
     torch.library.register_fake(f"llmos_fast::{name}", fake, lib=LIBRARY)
     op: Function = getattr(torch.ops.llmos_fast, name).default
+    if "CPU" in devices:
+        KERNELS[op] = kernel
     return op

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bindings.h"
+#include "bindings/recording.h"
 #include "cpu/kernels.h"
 
 namespace llmos {
@@ -67,7 +68,7 @@ void bind_attention(py::module_& module) {
         call.out = pointer<void>(out);
         call.out_strides = strides4(out_strides);
         call.lse = pointer<float>(lse);
-        kernels().attention_forward(call);
+        run(kernels().attention_forward, call);
       },
       ReleaseGil());
   module.def(
@@ -90,7 +91,7 @@ void bind_attention(py::module_& module) {
         call.d_value_strides = strides4(d_value_strides);
         call.d_bias = pointer<float>(d_bias);
         call.d_bias_columns = d_bias_columns;
-        kernels().attention_backward(call);
+        run(kernels().attention_backward, call);
       },
       ReleaseGil());
   module.def(
@@ -105,7 +106,7 @@ void bind_attention(py::module_& module) {
          float softcap) {
         const auto [batch, heads_q, heads_kv, seq_q, head_dim, head_dim_v] = sizes;
         const auto [page_count, page_size, pages_per_sequence] = pages;
-        kernels().attention_decode({pointer<void>(query),
+        run<AttentionDecode>(kernels().attention_decode, {pointer<void>(query),
                                     pointer<void>(keys),
                                     pointer<void>(values),
                                     {pointer<void>(lengths), wide_lengths},
@@ -134,6 +135,43 @@ void bind_attention(py::module_& module) {
                                     CacheType(cache_type),
                                     scale,
                                     softcap});
+      },
+      ReleaseGil());
+  module.def(
+      "cache_write",
+      [](Address key, Address value, Address keys, Address values, Address lengths,
+         bool wide_lengths, Address block_table, bool wide_table, Address key_scale,
+         const Strides& key_scale_strides, Address value_scale, const Strides& value_scale_strides,
+         const Strides& key_strides, const Strides& value_strides, const Strides& keys_strides,
+         const Strides& values_strides, const std::array<int64_t, 5>& sizes,
+         const std::array<int64_t, 3>& pages, int type, int cache_type) {
+        const auto [batch, heads, seq_new, head_dim, head_dim_v] = sizes;
+        const auto [page_count, page_size, pages_per_sequence] = pages;
+        run<CacheWrite>(kernels().cache_write,
+                        {pointer<void>(key),
+                         pointer<void>(value),
+                         pointer<void>(keys),
+                         pointer<void>(values),
+                         {pointer<void>(lengths), wide_lengths},
+                         {pointer<void>(block_table), wide_table},
+                         pointer<float>(key_scale),
+                         pointer<float>(value_scale),
+                         strides4(key_strides),
+                         strides4(value_strides),
+                         strides4(keys_strides),
+                         strides4(values_strides),
+                         strides4(key_scale_strides),
+                         strides4(value_scale_strides),
+                         batch,
+                         heads,
+                         seq_new,
+                         head_dim,
+                         head_dim_v,
+                         page_count,
+                         page_size,
+                         pages_per_sequence,
+                         DType(type),
+                         CacheType(cache_type)});
       },
       ReleaseGil());
 }

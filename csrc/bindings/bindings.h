@@ -18,5 +18,6 @@ T* pointer(Address address) {
 void bind_attention(py::module_& module);
 void bind_elementwise(py::module_& module);
 void bind_quant_matmul(py::module_& module);
+void bind_recording(py::module_& module);
 
 }  // namespace llmos

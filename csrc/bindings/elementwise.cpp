@@ -1,4 +1,5 @@
 #include "bindings/bindings.h"
+#include "bindings/recording.h"
 #include "cpu/kernels.h"
 
 namespace llmos {
@@ -17,7 +18,7 @@ void bind_elementwise(py::module_& module) {
       [](Address x, Address residual, Address weight, Address bias, Address norm, Address total,
          Address mean, Address rstd, int64_t rows, int64_t columns, int x_type, int type, bool rms,
          float eps, Address seed, uint64_t threshold, float scale) {
-        kernels().add_norm_forward({pointer<void>(x), pointer<void>(residual),
+        run<AddNormForward>(kernels().add_norm_forward, {pointer<void>(x), pointer<void>(residual),
                                     pointer<float>(weight), pointer<float>(bias),
                                     pointer<void>(norm), pointer<void>(total), pointer<float>(mean),
                                     pointer<float>(rstd), rows, columns, DType(x_type), DType(type),
@@ -30,8 +31,7 @@ void bind_elementwise(py::module_& module) {
          Address rstd, Address d_x, Address d_residual, Address partial_weight,
          Address partial_bias, int64_t rows, int64_t columns, int64_t partials, int x_type,
          int type, bool rms, Address seed, uint64_t threshold, float scale) {
-        kernels().add_norm_backward(
-            {pointer<void>(d_norm), pointer<void>(d_total_in), pointer<void>(total),
+        run<AddNormBackward>(kernels().add_norm_backward, {pointer<void>(d_norm), pointer<void>(d_total_in), pointer<void>(total),
              pointer<float>(weight), pointer<float>(mean), pointer<float>(rstd), pointer<void>(d_x),
              pointer<void>(d_residual), pointer<float>(partial_weight),
              pointer<float>(partial_bias), rows, columns, partials, DType(x_type), DType(type), rms,
@@ -42,7 +42,7 @@ void bind_elementwise(py::module_& module) {
       "activation_forward",
       [](Address gate, Address up, Address hidden, int64_t rows, int64_t columns, int type,
          int activation, Address seed, uint64_t threshold, float scale) {
-        kernels().activation_forward({pointer<void>(gate), pointer<void>(up), pointer<void>(hidden),
+        run<ActivationForward>(kernels().activation_forward, {pointer<void>(gate), pointer<void>(up), pointer<void>(hidden),
                                       rows, columns, DType(type), Activation(activation),
                                       dropout_from(seed, threshold, scale)});
       },
@@ -52,22 +52,22 @@ void bind_elementwise(py::module_& module) {
       [](Address gate, Address up, Address d_hidden, Address d_gate, Address d_up, Address hidden,
          int64_t rows, int64_t columns, int type, int activation, Address seed, uint64_t threshold,
          float scale) {
-        kernels().activation_backward(
-            {pointer<void>(gate), pointer<void>(up), pointer<void>(d_hidden), pointer<void>(d_gate),
+        run<ActivationBackward>(kernels().activation_backward, {pointer<void>(gate), pointer<void>(up), pointer<void>(d_hidden), pointer<void>(d_gate),
              pointer<void>(d_up), pointer<void>(hidden), rows, columns, DType(type),
              Activation(activation), dropout_from(seed, threshold, scale)});
       },
       ReleaseGil());
   module.def(
       "rotary",
-      [](Address x, Address cos, Address sin, Address out, int64_t batch, int64_t heads,
-         int64_t seq, int64_t head_dim, int64_t half, int64_t stride_batch, int64_t stride_head,
-         int64_t stride_seq, int64_t angle_stride_batch, int type, bool interleaved,
-         float sin_sign) {
-        kernels().rotary({pointer<void>(x), pointer<float>(cos), pointer<float>(sin),
-                          pointer<void>(out), batch, heads, seq, head_dim, half, stride_batch,
-                          stride_head, stride_seq, angle_stride_batch, DType(type), interleaved,
-                          sin_sign});
+      [](Address x, Address cos, Address sin, Address positions, bool wide_positions, Address out,
+         int64_t batch, int64_t heads, int64_t seq, int64_t head_dim, int64_t half,
+         int64_t table_rows, int64_t stride_batch, int64_t stride_head, int64_t stride_seq,
+         int64_t angle_stride_batch, int type, bool interleaved, float sin_sign) {
+        run<Rotary>(kernels().rotary,
+                    {pointer<void>(x), pointer<float>(cos), pointer<float>(sin),
+                     Integers{pointer<void>(positions), wide_positions}, pointer<void>(out), batch,
+                     heads, seq, head_dim, half, table_rows, stride_batch, stride_head, stride_seq,
+                     angle_stride_batch, DType(type), interleaved, sin_sign});
       },
       ReleaseGil());
   module.def(
@@ -75,7 +75,7 @@ void bind_elementwise(py::module_& module) {
       [](Address logits, Address target, Address row_scale, Address loss, int64_t rows,
          int64_t classes, int64_t ignore_index, int type, float label_smoothing, float z_loss,
          float softcap, bool gradient) {
-        kernels().cross_entropy({pointer<void>(logits), pointer<int64_t>(target),
+        run<CrossEntropy>(kernels().cross_entropy, {pointer<void>(logits), pointer<int64_t>(target),
                                  pointer<float>(row_scale), pointer<float>(loss), rows, classes,
                                  ignore_index, DType(type), label_smoothing, z_loss, softcap,
                                  gradient});

@@ -15,4 +15,5 @@ PYBIND11_MODULE(_C, module) {
   bind_attention(module);
   bind_elementwise(module);
   bind_quant_matmul(module);
+  bind_recording(module);
 }

@@ -3,7 +3,7 @@
 template <typename X, typename T>
 static void add_norm_forward_rows(const AddNormForward& call) {
   const int64_t columns = call.columns;
-#pragma omp parallel
+#pragma omp parallel if (call.rows * columns > kWorthThreads)
   {
     float* row_buffer = thread_scratch().floats(2 * round_up(columns, 64));
     float* factors = row_buffer + round_up(columns, 64);

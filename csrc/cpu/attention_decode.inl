@@ -63,11 +63,6 @@ LLMOS_INLINE void add_weighted_rows(int64_t n, const float* weights, const C* ro
   }
 }
 
-LLMOS_INLINE int64_t integer_at(const Integers& x, int64_t index) {
-  return x.wide ? static_cast<const int64_t*>(x.data)[index]
-                : static_cast<const int32_t*>(x.data)[index];
-}
-
 LLMOS_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
@@ -99,7 +94,7 @@ struct DecodeUnit {
   int64_t page(int64_t key) const {
     if (!call.block_table.data) return batch;
     const int64_t index = batch * call.pages_per_sequence + key / call.page_size;
-    return clamp(integer_at(call.block_table, index), 0, call.pages - 1);
+    return clamp(call.block_table[index], 0, call.pages - 1);
   }
   template <typename C>
   const C* rows(const void* cache, const Strides4& strides, int64_t key) const {
@@ -271,7 +266,7 @@ static void decode_merge(const AttentionDecode& call, int64_t batch, int64_t hea
 template <typename C>
 static void attention_decode_of(const AttentionDecode& call) {
   const int64_t capacity = call.page_size * call.pages_per_sequence;
-  const auto length_of = [&](int64_t b) { return clamp(integer_at(call.lengths, b), 0, capacity); };
+  const auto length_of = [&](int64_t b) { return clamp(call.lengths[b], 0, capacity); };
   int64_t longest = 0;
   for (int64_t b = 0; b < call.batch; ++b)
     longest = longest > length_of(b) ? longest : length_of(b);

@@ -42,6 +42,7 @@ const Kernels avx2_kernels = {
     avx2::attention_forward,
     avx2::attention_backward,
     avx2::attention_decode,
+    avx2::cache_write,
 };
 
 }  // namespace llmos

@@ -35,6 +35,7 @@ const Kernels avx512_kernels = {
     avx512::attention_forward,
     avx512::attention_backward,
     avx512::attention_decode,
+    avx512::cache_write,
 };
 
 }  // namespace llmos

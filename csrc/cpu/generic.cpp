@@ -31,6 +31,7 @@ const Kernels generic_kernels = {
     generic::attention_forward,
     generic::attention_backward,
     generic::attention_decode,
+    generic::cache_write,
 };
 
 }  // namespace llmos

@@ -12,6 +12,14 @@ namespace llmos {
 
 enum class DType : int { f32 = 0, bf16 = 1 };
 
+struct Integers {
+  const void* data;
+  bool wide;  // int64, else int32
+  int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
 struct Dropout {
   const int64_t* seed;  // null: keep everything
   uint64_t threshold;   // an element is kept where its 32 bits reach this
@@ -66,12 +74,14 @@ struct ActivationBackward {
 };
 
 // Pairs (a, b) -> (a cos - b sin, b cos + a sin) of x: [batch, heads, seq, head_dim] with strides;
-// out is contiguous in the order of x. cos, sin: [batch, seq, half] with batch stride (0 = shared).
+// out is contiguous in the order of x. cos, sin: [batch, seq, half] with batch stride (0 = shared),
+// or tables [table_rows, half] with a row for each of positions, [batch, seq] likewise.
 struct Rotary {
   const void* x;
   const float *cos, *sin;
+  Integers positions;  // or null
   void* out;
-  int64_t batch, heads, seq, head_dim, half;
+  int64_t batch, heads, seq, head_dim, half, table_rows;
   int64_t stride_batch, stride_head, stride_seq, angle_stride_batch;
   DType type;
   bool interleaved;
@@ -139,11 +149,6 @@ struct AttentionBackward : Attention {
 
 enum class CacheType : int { f32 = 0, bf16 = 1, int8 = 2, fp8 = 3 };  // fp8: e4m3fn
 
-struct Integers {
-  const void* data;
-  bool wide;  // int64, else int32
-};
-
 struct RowScale {
   const float* data;  // null: 1
   Strides4 strides;
@@ -166,6 +171,24 @@ struct AttentionDecode {
   float scale, softcap;
 };
 
+// Keys and values of the last seq_new of lengths[b] positions go into their rows of the cache, where
+// it has such rows. int8: rounded, x (127 / amax) of each row, and amax / 127 goes to its scale.
+struct CacheWrite {
+  const void *key, *value;
+  void *keys, *values;
+  Integers lengths, block_table;  // as in AttentionDecode
+  float *key_scale, *value_scale;
+  Strides4 key_strides, value_strides, keys_strides, values_strides;
+  Strides4 key_scale_strides, value_scale_strides;
+  int64_t batch, heads, seq_new, head_dim, head_dim_v;
+  int64_t pages, page_size, pages_per_sequence;
+  DType type;  // of key and value
+  CacheType cache_type;
+};
+
+// Below this many numbers the second thread's start costs more than it saves.
+constexpr int64_t kWorthThreads = 16384;
+
 struct Kernels {
   const char* name;
   bool (*runs_here)();
@@ -178,12 +201,16 @@ struct Kernels {
   void (*attention_forward)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&);
   void (*attention_decode)(const AttentionDecode&);
+  void (*cache_write)(const CacheWrite&);
 };
 
 extern const Kernels generic_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx512_kernels, avx2_kernels;
 #endif
+
+// std::invalid_argument, a ValueError of Python, unless 0 <= value < end.
+void refuse_outside(int64_t value, int64_t end, const char* what);
 
 const Kernels& kernels();  // the table that this CPU, or LLMOS_FAST_CPU, asks for
 

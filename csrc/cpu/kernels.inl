@@ -9,3 +9,4 @@
 #include "cpu/cross_entropy.inl"
 #include "cpu/attention.inl"
 #include "cpu/attention_decode.inl"
+#include "cpu/cache_write.inl"

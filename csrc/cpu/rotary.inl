@@ -13,14 +13,15 @@ LLMOS_INLINE void set_scalar(bf16* p, float x) { store(p, splat(x), 1); }
 template <typename T>
 static void rotate_rows(const Rotary& call) {
   const int64_t half = call.half, rows = call.batch * call.heads * call.seq;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * call.head_dim > kWorthThreads)
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t position = row % call.seq, head = row / call.seq % call.heads;
     const int64_t batch = row / call.seq / call.heads;
     const T* x = static_cast<const T*>(call.x) + batch * call.stride_batch +
                  head * call.stride_head + position * call.stride_seq;
-    const float* cos = call.cos + batch * call.angle_stride_batch + position * half;
-    const float* sin = call.sin + batch * call.angle_stride_batch + position * half;
+    const int64_t token = batch * call.angle_stride_batch + position;
+    const int64_t angle = call.positions.data ? call.positions[token] : token;
+    const float *cos = call.cos + angle * half, *sin = call.sin + angle * half;
     T* out = static_cast<T*>(call.out) + row * call.head_dim;
     if (call.interleaved) {
       for (int64_t i = 0; i < half; ++i) {
@@ -42,5 +43,10 @@ static void rotate_rows(const Rotary& call) {
 }
 
 static void rotary(const Rotary& call) {
+  const int64_t tokens = call.positions.data ? call.batch * call.seq : 0;
+  for (int64_t i = 0; i < tokens; ++i) {
+    const int64_t token = i / call.seq * call.angle_stride_batch + i % call.seq;
+    refuse_outside(call.positions[token], call.table_rows, "rotary: positions");
+  }
   call.type == DType::bf16 ? rotate_rows<bf16>(call) : rotate_rows<float>(call);
 }

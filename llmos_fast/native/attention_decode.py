@@ -8,8 +8,8 @@ from torch import Tensor
 from llmos_fast.library import register
 from llmos_fast.native.common import _C, address, dtype_code, refusal
 
-_CACHES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
-_NO_STRIDES = (0, 0, 0, 0)
+CACHES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
+NO_STRIDES = (0, 0, 0, 0)
 
 
 def unsupported(*, query: Tensor, **_: object) -> str | None:
@@ -49,7 +49,7 @@ def forward(
     )
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
+def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
@@ -60,7 +60,7 @@ def _vector(x: Tensor | None) -> Tensor | None:
 def _row_scale(scale: Tensor | None, cache: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
     """(scale in fp32, its strides over page, head and row)."""
     if scale is None:
-        return None, _NO_STRIDES
+        return None, NO_STRIDES
     scale = scale.detach().float()
     return scale, (*scale.expand(cache.shape[:3]).stride(), 0)
 
@@ -85,7 +85,7 @@ def _forward_cpu(
     window_left: int,
     softcap: float,
 ) -> Tensor:
-    query, keys, values = (_rows_contiguous(x) for x in (query, key_cache, value_cache))
+    query, keys, values = (rows_contiguous(x) for x in (query, key_cache, value_cache))
     lengths = cache_lengths.contiguous()
     table = None if block_table is None else block_table.contiguous()
     key_scale, key_scale_strides = _row_scale(key_scale, keys)
@@ -119,7 +119,7 @@ def _forward_cpu(
         slopes.shape[1] if slopes is not None and slopes.dim() == 2 else 0,
         window_left,
         dtype_code(query.dtype),
-        _CACHES[keys.dtype],
+        CACHES[keys.dtype],
         scale,
         softcap,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmos_fast.library import differentiable
-from llmos_fast.native.common import _C, dtype_code, refusal
+from llmos_fast.native.common import _C, address, dtype_code, refusal
 
 
 def unsupported(*, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, **_: object) -> str | None:
@@ -30,17 +30,19 @@ def forward(
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """See llmos_fast.ops.rotary."""
-    if positions is not None:
-        cos, sin = cos[positions], sin[positions]
     cos, sin = cos.float(), sin.float()
-    turned = tuple(_rotary(x, cos, sin, interleaved, False) for x in (query, key))
+    turned = tuple(_rotary(x, cos, sin, positions, interleaved, False) for x in (query, key))
     return (query.copy_(turned[0]), key.copy_(turned[1])) if inplace else (turned[0], turned[1])
 
 
-def _forward_cpu(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
+def _forward_cpu(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, back: bool
+) -> Tensor:
     if x.stride(-1) != 1:
         x = x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
+    positions = None if positions is None else positions.contiguous()
+    per_batch = (cos.dim() == 3) if positions is None else (positions.dim() == 2)
     batch, heads, seq, head_dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype)
     half = cos.shape[-1]
@@ -48,16 +50,19 @@ def _forward_cpu(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: b
         x.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),
+        address(positions),
+        positions is not None and positions.dtype == torch.int64,
         out.data_ptr(),
         batch,
         heads,
         seq,
         head_dim,
         half,
+        cos.shape[-2],
         x.stride(0),
         x.stride(1),
         x.stride(2),
-        seq * half if cos.dim() == 3 else 0,
+        seq if per_batch else 0,
         dtype_code(x.dtype),
         interleaved,
         -1.0 if back else 1.0,
@@ -65,23 +70,23 @@ def _forward_cpu(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: b
     return out
 
 
-def _forward_fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
+def _forward_fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, cos, sin, ctx.interleaved, ctx.back = inputs
-    ctx.save_for_backward(cos, sin)
+    _, cos, sin, positions, ctx.interleaved, ctx.back = inputs
+    ctx.save_for_backward(cos, sin, positions)
 
 
-def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
-    cos, sin = ctx.saved_tensors
+def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     # a rotation's gradient is the rotation back
-    return _rotary(d_out, cos, sin, ctx.interleaved, not ctx.back), None, None, None, None
+    return _rotary(d_out, *ctx.saved_tensors, ctx.interleaved, not ctx.back), *[None] * 5
 
 
 _rotary = differentiable(
-    "rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool back) -> Tensor",
+    "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool back) "
+    "-> Tensor",
     _forward_cpu,
     _forward_fake,
     _setup_context,

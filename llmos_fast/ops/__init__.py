@@ -4,6 +4,7 @@ from llmos_fast.ops.add_norm import add_norm
 from llmos_fast.ops.attention import attention
 from llmos_fast.ops.attention_decode import attention_decode
 from llmos_fast.ops.attention_weights import attention_weights
+from llmos_fast.ops.cache_write import cache_write
 from llmos_fast.ops.dropout import dropout
 from llmos_fast.ops.ffn import ffn
 from llmos_fast.ops.gated_ffn import gated_ffn
@@ -17,6 +18,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_weights",
+    "cache_write",
     "dropout",
     "ffn",
     "gated_ffn",

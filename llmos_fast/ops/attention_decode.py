@@ -83,10 +83,10 @@ def attention_decode(
         value_scale=value_scale,
     )
     _check_caches(query, key_cache, value_cache, paged=block_table is not None)
-    _check_integers("cache_lengths", cache_lengths, query)
+    check_integers(_OP, "cache_lengths", cache_lengths, query)
     check.shape(_OP, "cache_lengths", cache_lengths, query.shape[:1], "batch")
     if block_table is not None:
-        _check_pages(query, key_cache, block_table)
+        check_pages(_OP, query.shape[0], key_cache, block_table)
     _check_scale("key_scale", key_scale, "key_cache", key_cache)
     _check_scale("value_scale", value_scale, "value_cache", value_cache)
     batch, heads_q = query.shape[:2]
@@ -97,7 +97,9 @@ def attention_decode(
     left, right = (-1, -1) if window is None else window
     rule = "have sides of -1 (open) or more"
     check.require(left >= -1 and right >= -1, _OP, "window", rule, window)
-    _check_no_gradient(
+    check.no_gradient(
+        _OP,
+        "use attention, or torch.no_grad",
         query=query,
         key_cache=key_cache,
         value_cache=value_cache,
@@ -146,22 +148,24 @@ def _check_caches(query: Tensor, key_cache: Tensor, value_cache: Tensor, *, page
     check.require(valid, _OP, "heads of query", rule, f"{heads_q} and {heads_kv}")
 
 
-def _check_pages(query: Tensor, key_cache: Tensor, block_table: Tensor) -> None:
-    _check_integers("block_table", block_table, query)
-    valid = block_table.dim() == 2 and block_table.shape[0] == query.shape[0]
-    rule = f"have shape (batch max_pages) = ({query.shape[0]}, any)"
-    check.require(valid, _OP, "block_table", rule, tuple(block_table.shape))
+def check_pages(op: str, batch: int, key_cache: Tensor, block_table: Tensor) -> None:
+    """``block_table`` and the pages' sizes are such as the kernels take."""
+    check_integers(op, "block_table", block_table, key_cache)
+    valid = block_table.dim() == 2 and block_table.shape[0] == batch
+    rule = f"have shape (batch max_pages) = ({batch}, any)"
+    check.require(valid, op, "block_table", rule, tuple(block_table.shape))
     pages, _, page_size, _ = key_cache.shape
-    check.require(pages > 0, _OP, "key_cache", "have at least one page", tuple(key_cache.shape))
+    check.require(pages > 0, op, "key_cache", "have at least one page", tuple(key_cache.shape))
     valid = page_size > 0 and page_size % PAGE_MULTIPLE == 0
-    check.require(valid, _OP, "page_size", f"be a multiple of {PAGE_MULTIPLE}", page_size)
+    check.require(valid, op, "page_size", f"be a multiple of {PAGE_MULTIPLE}", page_size)
 
 
-def _check_integers(argument: str, tensor: Tensor, query: Tensor) -> None:
+def check_integers(op: str, argument: str, tensor: Tensor, beside: Tensor) -> None:
+    """``tensor`` holds int32 or int64, on the device of ``beside``."""
     valid = tensor.dtype in (torch.int32, torch.int64)
-    check.require(valid, _OP, argument, "be int32 or int64", tensor.dtype)
-    on_device = tensor.device == query.device
-    check.require(on_device, _OP, argument, f"be on {query.device}, as query", tensor.device)
+    check.require(valid, op, argument, "be int32 or int64", tensor.dtype)
+    on_device = tensor.device == beside.device
+    check.require(on_device, op, argument, f"be on {beside.device}, as query", tensor.device)
 
 
 def _check_scale(argument: str, scale: Tensor | None, owner: str, cache: Tensor) -> None:
@@ -175,12 +179,3 @@ def _check_scale(argument: str, scale: Tensor | None, owner: str, cache: Tensor)
     )
     rule = f"broadcast to {owner}'s first three dimensions, {rows}"
     check.require(broadcasts, _OP, argument, rule, tuple(scale.shape))
-
-
-def _check_no_gradient(**tensors: Tensor | None) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for argument, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            rule = "not require gradients, which this op has not (use attention, or torch.no_grad)"
-            check.require(False, _OP, argument, rule, "requires_grad=True")

@@ -56,6 +56,16 @@ def probability(op: str, argument: str, value: float) -> None:
     require(0.0 <= value <= 1.0, op, argument, "be in [0, 1]", value)
 
 
+def no_gradient(op: str, instead: str, **tensors: Tensor | None) -> None:
+    """Where grad mode is on, no tensor requires gradients; ``instead`` says what to do."""
+    if not torch.is_grad_enabled():
+        return
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            rule = f"not require gradients, which this op has not ({instead})"
+            require(False, op, argument, rule, "requires_grad=True")
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast, fp32 and 16-bit tensors in its dtype, as torch's own products do."""
     if not torch._C._is_any_autocast_enabled():
