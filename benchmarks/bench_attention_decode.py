@@ -1,9 +1,14 @@
-"""Attention of the newest tokens to a cache of 1k to 128k keys, beside what torch has for it.
+"""Attention of the newest tokens to a cache of keys and values, beside what torch has for it.
 
-GPU only: 32 heads of 128 over 8 heads of the cache unless a case says otherwise. The peers read a
-dense cache that is exactly full, the one thing they all take. Caches in pages or in 8 bits have no
-peer in torch: they and the features stand beside our own plain call (``baselines_ms``). What
-counts is the share of the memory's bandwidth.
+CPU: caches of 256 to 4096 keys, several in turn which together are larger than the caches of the
+machine, beside scaled_dot_product_attention; 8-bit caches have no peer.
+
+GPU: caches of 1k to 128k keys; 32 heads of 128 over 8 heads of the cache unless a case says
+otherwise. The peers read a dense cache that is exactly full, the one thing they all take. Caches in
+pages or in 8 bits have no peer in torch: they and the features stand beside our own plain call
+(``baselines_ms``).
+
+What counts is the share of the memory's bandwidth.
 
     pytest benchmarks/bench_attention_decode.py --benchmark-only --benchmark-json=out.json
 """
@@ -17,10 +22,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llmos_fast import ops, reference
-from llmos_fast.testing import assert_close_to_truth, native_precision
+from llmos_fast.testing import assert_close_to_truth, assert_within_budget, native_precision
 
 from .attention_cases import DEVICE, Feature, flex
 from .marks import lenient, needs_gpu
+from .quant_peers import TOUCHED
 
 PAGE_SIZE = 64
 WINDOW = 1024
@@ -57,6 +63,73 @@ CASES = [
     *(Case(batch, 16384, cache=c) for batch in (1, 16) for c in ("paged", "int8", "fp8")),
     *(Case(16, 16384, feature=feature) for feature in ("window", "alibi", "softcap", "sinks")),
 ]
+
+
+CPU_CASES = [
+    *(Case(batch, length, heads, kv, 64) for batch in (1, 8) for length, heads, kv in
+      ((256, 12, 12), (1024, 12, 12), (256, 32, 4))),
+    Case(1, 2048),
+    Case(1, 2048, heads_kv=32),
+    Case(8, 4096),
+]  # fmt: skip
+CPU_CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+@pytest.mark.parametrize("cache", CPU_CACHES)
+@pytest.mark.parametrize("case", CPU_CASES, ids=str)
+@torch.no_grad()
+def bench_attention_decode(compare, smoke, case, cache):
+    if smoke and case != CPU_CASES[0]:
+        pytest.skip("not in a smoke run")
+    batch, length, heads, heads_kv, head_dim, _ = case[:6]
+    dtype = torch.bfloat16 if cache == "bf16" else torch.float32
+    query = torch.randn(batch, heads, 1, head_dim, dtype=dtype)
+    lengths = torch.full((batch,), length)
+    shape = (batch, heads_kv, length, head_dim)
+    calls = []
+    while not calls or sum(t.nbytes for call in calls for t in call.values()) < TOUCHED:
+        key, value = (torch.randn(shape, dtype=dtype) for _ in range(2))
+        call = {"key_cache": key, "value_cache": value}
+        if cache == "int8":
+            for name, x in (("key", key), ("value", value)):
+                scale = x.abs().amax(-1) / 127
+                call[f"{name}_cache"] = (x / scale[..., None]).round().char()
+                call[f"{name}_scale"] = scale
+        calls.append(call)
+
+    def ours():
+        for call in calls:
+            out = ops.attention_decode(query, cache_lengths=lengths, **call)
+        return out
+
+    def sdpa():
+        for call in calls:
+            F.scaled_dot_product_attention(
+                query, call["key_cache"], call["value_cache"], enable_gqa=heads != heads_kv
+            )
+
+    def check():
+        tensors = {"query": query, **{n: t for n, t in calls[0].items() if t.dtype != torch.int8}}
+        options = {n: t for n, t in calls[0].items() if t.dtype == torch.int8}
+        assert_within_budget(
+            ops.attention_decode,
+            reference.attention_decode,
+            tensors,
+            options | {"cache_lengths": lengths},
+            impl="auto",
+            reduction=head_dim * length,
+        )
+
+    compare(
+        ours,
+        {} if cache == "int8" else {"sdpa": sdpa},
+        check=check,
+        flops=4 * batch * heads * length * head_dim,
+        bytes=sum(t.nbytes for t in calls[0].values()),
+        dtype=dtype,
+        rounds=20,
+        calls={"ours": len(calls)} | ({} if cache == "int8" else {"sdpa": len(calls)}),
+    )
 
 
 def options_of(case: Case) -> dict[str, Any]:

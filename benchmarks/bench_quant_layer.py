@@ -2,9 +2,11 @@
 
 A run goes through several layers in turn, which together are larger than the caches, so that
 weights and the keys and values of earlier tokens come from memory as they do when a model generates
-text. ``products`` is the same quant_matmul calls alone; the share of the layer's time that they do
-not take is ``overhead`` in ``extra_info``, and the machine's limit is theirs. Peers are torch's own
-layer of the same sizes, in bf16 and with torch.ao's dynamically quantized products.
+text. Ours is captured, and its cache of keys and values is int8; ``fp32_cache`` and ``eager`` are
+what it takes otherwise. ``products`` is the same quant_matmul calls alone, captured too; the share
+of the layer's time that they do not take is ``overhead`` in ``extra_info``, and the machine's limit
+is theirs. Peers are torch's own layer of the same sizes, in bf16 and with torch.ao's dynamically
+quantized products.
 
     pytest benchmarks/bench_quant_layer.py --benchmark-only
 """
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmos_fast import ops, quantize, use
+from llmos_fast import capture, ops, quantize, use
 from llmos_fast.quantize import interleave
 from llmos_fast.testing import random
 
@@ -70,6 +72,17 @@ class Layer(NamedTuple):
     norms: list[tuple[Tensor, Tensor | None]]
     keys: Tensor
     values: Tensor
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+
+    @property
+    def cache(self):
+        return {
+            "key_cache": self.keys,
+            "value_cache": self.values,
+            "key_scale": self.key_scale,
+            "value_scale": self.value_scale,
+        }
 
 
 def float_layer(shape, batch, dtype=torch.float32):
@@ -97,7 +110,17 @@ def clone(layer):
         return weight.__class__(**{**vars(weight), **parts})
 
     linears = [(of(weight), bias) for weight, bias in layer.linears]
-    return Layer(linears, layer.norms, layer.keys.clone(), layer.values.clone())
+    return Layer(linears, layer.norms, *(None if t is None else t.clone() for t in layer[2:]))
+
+
+def with_int8_cache(layer):
+    """The layer with the same keys and values in int8."""
+    scales = [t.abs().amax(-1) / 127 for t in (layer.keys, layer.values)]
+    keys, values = (
+        (t / scale[..., None]).round().char()
+        for t, scale in zip((layer.keys, layer.values), scales, strict=True)
+    )
+    return Layer(layer.linears, layer.norms, keys, values, *scales)
 
 
 def quantized_layer(layer, shape, scheme, group):
@@ -117,7 +140,7 @@ def angles():
     return turn.cos(), turn.sin()
 
 
-def ours(x, layer, shape, cos, sin):
+def ours(x, layer, shape, lengths, cos, sin):
     """Float[batch width] -> Float[batch width]."""
     kind = "rms" if shape.gated else "layer"
     (qkv, qkv_bias), (out, out_bias), (up, up_bias), (down, down_bias) = layer.linears
@@ -126,10 +149,8 @@ def ours(x, layer, shape, cos, sin):
     q, k, v = heads.split((shape.heads, shape.kv_heads, shape.kv_heads), 1)
     if shape.gated:
         q, k = ops.rotary(q, k, cos, sin)
-    layer.keys[:, :, -1:], layer.values[:, :, -1:] = k, v
-    # the queries of one key head are rows of one product: they all see the whole cache
-    q = q.reshape(len(x), shape.kv_heads, -1, HEAD_DIM)
-    attended = ops.attention(q, layer.keys, layer.values).reshape(len(x), -1)
+    ops.cache_write(k, v, cache_lengths=lengths, **layer.cache)
+    attended = ops.attention_decode(q, cache_lengths=lengths, **layer.cache).reshape(len(x), -1)
     x = ops.quant_matmul(attended, out, out_bias, residual=x)
     normed, _ = ops.add_norm(x, None, *layer.norms[1], kind=kind)
     activation = "silu" if shape.gated else "gelu"
@@ -216,13 +237,20 @@ def bench_quant_layer(benchmark, compare, smoke, name, scheme, batch):
     x = random(batch, shape.width)
     cos, sin = angles()
 
-    narrow = quantized_layer(first, shape, *SCHEMES[scheme])
+    lengths = torch.full((batch,), CONTEXT)
+
+    def step(layers):
+        return in_turn(layers, lambda x, layer: ours(x, layer, shape, lengths, cos, sin), x)
+
+    narrow = with_int8_cache(quantized_layer(first, shape, *SCHEMES[scheme]))
     layers = [narrow]
     layers += [clone(narrow) for _ in range(1, count[4 if scheme.startswith("int4") else 8])]
-    runs = {"ours": in_turn(layers, lambda x, layer: ours(x, layer, shape, cos, sin), x)}
-    attended, inner = random(batch, shape.width), random(batch, shape.ffn)
-    inputs = (x, attended, inner)
-    runs["products"] = lambda: [products(layer, shape, *inputs) for layer in layers] and None
+    # the same weights with other caches
+    wide = [clone(first)._replace(linears=layer.linears) for layer in layers]
+    inputs = (x, random(batch, shape.width), random(batch, shape.ffn))
+    every_product = capture(lambda: [products(layer, shape, *inputs) for layer in layers] and None)
+    runs = {"ours": capture(step(layers)).replay, "products": every_product.replay}
+    runs |= {"fp32_cache": capture(step(wide)).replay, "eager": step(layers)}
 
     half = float_layer(shape, batch, torch.bfloat16)
     halves = [half, *(clone(half) for _ in range(1, count[16]))]
@@ -240,19 +268,19 @@ def bench_quant_layer(benchmark, compare, smoke, name, scheme, batch):
 
     def check():
         """Rounding x to int8 may go either way where two products' sums differ by a bit."""
-        out = ours(x, narrow, shape, cos, sin)
+        out = ours(x, narrow, shape, lengths, cos, sin)
         with use("reference"):
-            expected = ours(x, narrow, shape, cos, sin)
+            expected = ours(x, narrow, shape, lengths, cos, sin)
         assert (out - expected).norm() < 1e-2 * (expected - x).norm()
         exact = torchs(x, first, shape, cos, sin, F.linear)
         assert (out - exact).norm() < 0.25 * (exact - x).norm()
 
-    calls = {"ours": len(layers), "products": len(layers)}
+    calls = dict.fromkeys(("ours", "products", "fp32_cache", "eager"), len(layers))
     calls |= {"torch_bf16": len(halves), "torch_dynamic": len(dynamic)}
     compare(
         runs["ours"],
         {peer: runs[peer] for peer in ("torch_bf16", "torch_dynamic")},
-        baselines={"products": runs["products"]},
+        baselines={name: runs[name] for name in ("products", "fp32_cache", "eager")},
         check=check,
         flops=2 * batch * shape.weights,
         bytes=sum(weight.nbytes for weight, _ in narrow.linears),
@@ -263,4 +291,4 @@ def bench_quant_layer(benchmark, compare, smoke, name, scheme, batch):
     if benchmark.enabled:
         alone = 1e-3 * benchmark.extra_info["baselines_ms"]["products"]
         benchmark.extra_info["overhead"] = 1 - alone / benchmark.stats.stats.median
-        benchmark.extra_info["cache_bytes"] = narrow.keys.nbytes + narrow.values.nbytes
+        benchmark.extra_info["cache_bytes"] = sum(t.nbytes for t in narrow[2:])

@@ -1,7 +1,6 @@
 """llmos_fast: a fast Transformer engine for PyTorch, drop-in layers on kernels of its own."""
 
 from llmos_fast import ops, reference
-from llmos_fast.capture import Captured, capture
 from llmos_fast.dispatch import explain, use
 from llmos_fast.models import TransformerModel
 from llmos_fast.nn import (
@@ -19,6 +18,7 @@ from llmos_fast.nn import (
     restore,
 )
 from llmos_fast.quantize import QuantizedWeight, quantize
+from llmos_fast.recording import Captured, capture
 from llmos_fast.version import __version__
 
 reference.publish(ops)

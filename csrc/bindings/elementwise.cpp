@@ -18,11 +18,12 @@ void bind_elementwise(py::module_& module) {
       [](Address x, Address residual, Address weight, Address bias, Address norm, Address total,
          Address mean, Address rstd, int64_t rows, int64_t columns, int x_type, int type, bool rms,
          float eps, Address seed, uint64_t threshold, float scale) {
-        run<AddNormForward>(kernels().add_norm_forward, {pointer<void>(x), pointer<void>(residual),
-                                    pointer<float>(weight), pointer<float>(bias),
-                                    pointer<void>(norm), pointer<void>(total), pointer<float>(mean),
-                                    pointer<float>(rstd), rows, columns, DType(x_type), DType(type),
-                                    rms, eps, dropout_from(seed, threshold, scale)});
+        run<AddNormForward>(
+            kernels().add_norm_forward,
+            {pointer<void>(x), pointer<void>(residual), pointer<float>(weight),
+             pointer<float>(bias), pointer<void>(norm), pointer<void>(total), pointer<float>(mean),
+             pointer<float>(rstd), rows, columns, DType(x_type), DType(type), rms, eps,
+             dropout_from(seed, threshold, scale)});
       },
       ReleaseGil());
   module.def(
@@ -31,7 +32,9 @@ void bind_elementwise(py::module_& module) {
          Address rstd, Address d_x, Address d_residual, Address partial_weight,
          Address partial_bias, int64_t rows, int64_t columns, int64_t partials, int x_type,
          int type, bool rms, Address seed, uint64_t threshold, float scale) {
-        run<AddNormBackward>(kernels().add_norm_backward, {pointer<void>(d_norm), pointer<void>(d_total_in), pointer<void>(total),
+        run<AddNormBackward>(
+            kernels().add_norm_backward,
+            {pointer<void>(d_norm), pointer<void>(d_total_in), pointer<void>(total),
              pointer<float>(weight), pointer<float>(mean), pointer<float>(rstd), pointer<void>(d_x),
              pointer<void>(d_residual), pointer<float>(partial_weight),
              pointer<float>(partial_bias), rows, columns, partials, DType(x_type), DType(type), rms,
@@ -42,9 +45,10 @@ void bind_elementwise(py::module_& module) {
       "activation_forward",
       [](Address gate, Address up, Address hidden, int64_t rows, int64_t columns, int type,
          int activation, Address seed, uint64_t threshold, float scale) {
-        run<ActivationForward>(kernels().activation_forward, {pointer<void>(gate), pointer<void>(up), pointer<void>(hidden),
-                                      rows, columns, DType(type), Activation(activation),
-                                      dropout_from(seed, threshold, scale)});
+        run<ActivationForward>(
+            kernels().activation_forward,
+            {pointer<void>(gate), pointer<void>(up), pointer<void>(hidden), rows, columns,
+             DType(type), Activation(activation), dropout_from(seed, threshold, scale)});
       },
       ReleaseGil());
   module.def(
@@ -52,7 +56,9 @@ void bind_elementwise(py::module_& module) {
       [](Address gate, Address up, Address d_hidden, Address d_gate, Address d_up, Address hidden,
          int64_t rows, int64_t columns, int type, int activation, Address seed, uint64_t threshold,
          float scale) {
-        run<ActivationBackward>(kernels().activation_backward, {pointer<void>(gate), pointer<void>(up), pointer<void>(d_hidden), pointer<void>(d_gate),
+        run<ActivationBackward>(
+            kernels().activation_backward,
+            {pointer<void>(gate), pointer<void>(up), pointer<void>(d_hidden), pointer<void>(d_gate),
              pointer<void>(d_up), pointer<void>(hidden), rows, columns, DType(type),
              Activation(activation), dropout_from(seed, threshold, scale)});
       },
@@ -75,10 +81,10 @@ void bind_elementwise(py::module_& module) {
       [](Address logits, Address target, Address row_scale, Address loss, int64_t rows,
          int64_t classes, int64_t ignore_index, int type, float label_smoothing, float z_loss,
          float softcap, bool gradient) {
-        run<CrossEntropy>(kernels().cross_entropy, {pointer<void>(logits), pointer<int64_t>(target),
-                                 pointer<float>(row_scale), pointer<float>(loss), rows, classes,
-                                 ignore_index, DType(type), label_smoothing, z_loss, softcap,
-                                 gradient});
+        run<CrossEntropy>(kernels().cross_entropy,
+                          {pointer<void>(logits), pointer<int64_t>(target),
+                           pointer<float>(row_scale), pointer<float>(loss), rows, classes,
+                           ignore_index, DType(type), label_smoothing, z_loss, softcap, gradient});
       },
       ReleaseGil());
 }

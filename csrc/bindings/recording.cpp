@@ -9,7 +9,8 @@ void bind_recording(py::module_& module) {
       .def(py::init())
       .def("__enter__",
            [](Recording& self) {
-             if (current_recording()) throw std::runtime_error("a recording is on already");
+             if (current_recording())
+               throw std::invalid_argument("capture: function must not capture another");
              current_recording() = &self;
            })
       .def("__exit__", [](Recording&, const py::args&) { current_recording() = nullptr; })

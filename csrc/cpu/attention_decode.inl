@@ -1,16 +1,16 @@
 // Few queries, a long cache: memory is read once, by units of (sequence, key head, kUnitRows of its
-// queries, kUnitKeys of its keys), whose partial softmaxes are merged in the order of the keys. What
-// a unit is depends on shapes alone, so results do not depend on the number of threads.
+// queries, kUnitKeys of its keys), whose partial softmaxes are merged in the order of the keys.
+// What a unit is depends on shapes alone, so results do not depend on the number of threads.
 
 constexpr int64_t kUnitKeys = 256, kUnitRows = 64;
 
 // Lane l: a[l] + a[l + distance] where l has no such bit, else b[l] + b[l - distance].
 #define LLMOS_FOLD_OTHER(l, distance) ((l) & (distance) ? 16 + (l) - (distance) : (l) + (distance))
 #define LLMOS_FOLD_SAME(l, distance) ((l) & (distance) ? 16 + (l) : (l))
-#define LLMOS_LANES(f, d)                                                                       \
-  f(0, d), f(1, d), f(2, d), f(3, d), f(4, d), f(5, d), f(6, d), f(7, d), f(8, d), f(9, d),     \
+#define LLMOS_LANES(f, d)                                                                   \
+  f(0, d), f(1, d), f(2, d), f(3, d), f(4, d), f(5, d), f(6, d), f(7, d), f(8, d), f(9, d), \
       f(10, d), f(11, d), f(12, d), f(13, d), f(14, d), f(15, d)
-#define LLMOS_FOLD(a, b, d)                                        \
+#define LLMOS_FOLD(a, b, d)                                         \
   (__builtin_shufflevector(a, b, LLMOS_LANES(LLMOS_FOLD_SAME, d)) + \
    __builtin_shufflevector(a, b, LLMOS_LANES(LLMOS_FOLD_OTHER, d)))
 
@@ -73,7 +73,8 @@ template <typename C>
 LLMOS_INLINE void prefetch_rows(const C* rows, int64_t stride, int64_t columns, int64_t index,
                                 int64_t count) {
   for (int64_t i = index * kLanes / count; i < (index + 1) * kLanes / count; ++i)
-    for (int64_t j = 0; j < columns; j += 64 / sizeof(C)) __builtin_prefetch(rows + (kLanes + i) * stride + j);
+    for (int64_t j = 0; j < columns; j += 64 / sizeof(C))
+      __builtin_prefetch(rows + (kLanes + i) * stride + j);
 }
 
 // One unit; rows of a key head are its queries' heads, each with seq_q queries.
@@ -248,8 +249,8 @@ static void decode_merge(const AttentionDecode& call, int64_t batch, int64_t hea
     factors[i] = empty ? 0.0f : exponential(splat(partial[i * stride] - top))[0];
     denominator += factors[i] * partial[i * stride + 1];
   }
-  const int64_t offset = batch * call.out_strides.batch + head * call.out_strides.head +
-                         q * call.out_strides.row;
+  const int64_t offset =
+      batch * call.out_strides.batch + head * call.out_strides.head + q * call.out_strides.row;
   for (int64_t j = 0; j < call.head_dim_v; j += kLanes) {
     F mixture = {};
     for (int64_t i = 0; i < count; ++i)
@@ -300,9 +301,13 @@ static void attention_decode_of(const AttentionDecode& call) {
 
 static void attention_decode(const AttentionDecode& call) {
   switch (call.cache_type) {
-    case CacheType::f32: return attention_decode_of<float>(call);
-    case CacheType::bf16: return attention_decode_of<bf16>(call);
-    case CacheType::int8: return attention_decode_of<int8_t>(call);
-    case CacheType::fp8: return attention_decode_of<fp8>(call);
+    case CacheType::f32:
+      return attention_decode_of<float>(call);
+    case CacheType::bf16:
+      return attention_decode_of<bf16>(call);
+    case CacheType::int8:
+      return attention_decode_of<int8>(call);
+    case CacheType::fp8:
+      return attention_decode_of<fp8>(call);
   }
 }

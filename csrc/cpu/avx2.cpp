@@ -26,6 +26,16 @@ LLMOS_INLINE L multiply_even(U a, U b) {
   return (L)product.lanes;
 }
 
+LLMOS_INLINE I sign_extend(B x) {
+  union {
+    I lanes;
+    __m256i half[2];
+  } wide;
+  wide.half[0] = _mm256_cvtepi8_epi32((__m128i)x);
+  wide.half[1] = _mm256_cvtepi8_epi32(_mm_unpackhi_epi64((__m128i)x, (__m128i)x));
+  return wide.lanes;
+}
+
 #include "cpu/kernels.inl"
 
 }  // namespace avx2

@@ -19,6 +19,8 @@ constexpr int kTileRows = 12, kTileVectors = 2;
 
 LLMOS_INLINE L multiply_even(U a, U b) { return (L)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
 
+LLMOS_INLINE I sign_extend(B x) { return (I)_mm512_cvtepi8_epi32((__m128i)x); }
+
 #include "cpu/kernels.inl"
 
 }  // namespace avx512

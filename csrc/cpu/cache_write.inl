@@ -7,7 +7,7 @@ LLMOS_INLINE void write_row(const T* x, int64_t n, C* out, float*) {
 }
 
 template <typename T>
-LLMOS_INLINE void write_row(const T* x, int64_t n, int8_t* out, float* scale) {
+LLMOS_INLINE void write_row(const T* x, int64_t n, int8* out, float* scale) {
   F largest = {}, invalid = {};
   for (int64_t i = 0; i < n; i += kLanes) {
     const F lanes = load(x + i, n - i);
@@ -18,10 +18,11 @@ LLMOS_INLINE void write_row(const T* x, int64_t n, int8_t* out, float* scale) {
   const float factor = *scale > 0.0f ? 127.0f / maximum(largest) : 0.0f;
   const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, ties to even
   for (int64_t i = 0; i < n; i += kLanes) {
-    const F rounded = load(x + i, n - i) * factor + magic - magic;
-    const I integers = __builtin_convertvector(rounded, I);
+    F product = factor > 0.0f ? load(x + i, n - i) * factor : F{};
+    asm("" : "+m"(product));  // rounded by itself, not in one step with the sum
+    const I integers = __builtin_convertvector(product + magic - magic, I);
     for (int64_t lane = 0; lane < kLanes && i + lane < n; ++lane)
-      out[i + lane] = int8_t(integers[lane]);
+      out[i + lane].value = int8_t(integers[lane]);
   }
 }
 
@@ -48,8 +49,8 @@ static void cache_write_of(const CacheWrite& call) {
     write_row(static_cast<const T*>(call.key) + at(call.key_strides, batch, i), call.head_dim,
               static_cast<C*>(call.keys) + at(call.keys_strides, page, row),
               call.key_scale + at(call.key_scale_strides, page, row));
-    write_row(static_cast<const T*>(call.value) + at(call.value_strides, batch, i),
-              call.head_dim_v, static_cast<C*>(call.values) + at(call.values_strides, page, row),
+    write_row(static_cast<const T*>(call.value) + at(call.value_strides, batch, i), call.head_dim_v,
+              static_cast<C*>(call.values) + at(call.values_strides, page, row),
               call.value_scale + at(call.value_scale_strides, page, row));
   }
 }
@@ -57,6 +58,6 @@ static void cache_write_of(const CacheWrite& call) {
 static void cache_write(const CacheWrite& call) {
   const bool narrow = call.type == DType::bf16;
   if (call.cache_type == CacheType::int8)
-    return narrow ? cache_write_of<bf16, int8_t>(call) : cache_write_of<float, int8_t>(call);
+    return narrow ? cache_write_of<bf16, int8>(call) : cache_write_of<float, int8>(call);
   narrow ? cache_write_of<bf16, bf16>(call) : cache_write_of<float, float>(call);
 }

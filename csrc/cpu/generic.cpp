@@ -15,6 +15,8 @@ constexpr int kTileRows = 2, kTileVectors = 1;
 
 LLMOS_INLINE L multiply_even(U a, U b) { return ((L)a & 0xffffffffull) * ((L)b & 0xffffffffull); }
 
+LLMOS_INLINE I sign_extend(B x) { return __builtin_convertvector(x, I); }
+
 #include "cpu/kernels.inl"
 
 }  // namespace generic

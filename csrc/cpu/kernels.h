@@ -171,8 +171,9 @@ struct AttentionDecode {
   float scale, softcap;
 };
 
-// Keys and values of the last seq_new of lengths[b] positions go into their rows of the cache, where
-// it has such rows. int8: rounded, x (127 / amax) of each row, and amax / 127 goes to its scale.
+// Keys and values of the last seq_new of lengths[b] positions go into their rows of the cache,
+// where it has such rows. int8: rounded, x (127 / amax) of each row, and amax / 127 goes to its
+// scale.
 struct CacheWrite {
   const void *key, *value;
   void *keys, *values;
@@ -210,7 +211,7 @@ extern const Kernels avx512_kernels, avx2_kernels;
 #endif
 
 // std::invalid_argument, a ValueError of Python, unless 0 <= value < end.
-void refuse_outside(int64_t value, int64_t end, const char* what);
+void refuse_outside(int64_t value, int64_t end, const char* what, const char* range);
 
 const Kernels& kernels();  // the table that this CPU, or LLMOS_FAST_CPU, asks for
 

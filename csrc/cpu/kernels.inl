@@ -8,5 +8,6 @@
 #include "cpu/rotary.inl"
 #include "cpu/cross_entropy.inl"
 #include "cpu/attention.inl"
+#include "cpu/narrow.inl"
 #include "cpu/attention_decode.inl"
 #include "cpu/cache_write.inl"

@@ -60,8 +60,4 @@ extern const QuantMatmulKernels quant_matmul_neon_i8mm;
 
 void quant_matmul(const QuantMatmul& call);
 
-// out (n, k) in fp32, or bf16 where `bf16` is set: scale * level, rounded once.
-void dequantize(const WeightShape& shape, const uint8_t* packed, const void* scales,
-                const uint8_t* zeros, bool bf16, void* out);
-
 }  // namespace llmos

@@ -46,7 +46,7 @@ static void rotary(const Rotary& call) {
   const int64_t tokens = call.positions.data ? call.batch * call.seq : 0;
   for (int64_t i = 0; i < tokens; ++i) {
     const int64_t token = i / call.seq * call.angle_stride_batch + i % call.seq;
-    refuse_outside(call.positions[token], call.table_rows, "rotary: positions");
+    refuse_outside(call.positions[token], call.table_rows, "rotary: positions", "the rows of cos");
   }
   call.type == DType::bf16 ? rotate_rows<bf16>(call) : rotate_rows<float>(call);
 }

@@ -7,18 +7,12 @@ using I = int32_t __attribute__((vector_size(64)));
 using U = uint32_t __attribute__((vector_size(64)));
 using L = uint64_t __attribute__((vector_size(64)));
 using H = uint16_t __attribute__((vector_size(32)));
-using B = uint8_t __attribute__((vector_size(16)));
-using S = int8_t __attribute__((vector_size(16)));
-using W = int16_t __attribute__((vector_size(32)));
+using B = int8_t __attribute__((vector_size(16)));
 
 #define LLMOS_INLINE static inline __attribute__((always_inline))
 
 struct bf16 {
   uint16_t bits;
-};
-
-struct fp8 {  // e4m3fn
-  uint8_t bits;
 };
 
 LLMOS_INLINE F splat(float x) { return x - F{}; }
@@ -38,26 +32,6 @@ LLMOS_INLINE F load(const bf16* p) {
   H x;
   __builtin_memcpy(&x, p, sizeof x);
   return as_float(__builtin_convertvector(x, U) << 16);
-}
-
-LLMOS_INLINE F load(const int8_t* p) {
-  S x;
-  __builtin_memcpy(&x, p, sizeof x);
-  // gcc widens by one step at a time: more in one are 16 scalar moves
-  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(x, W), I), F);
-}
-
-LLMOS_INLINE F load(const fp8* p) {
-  B x;
-  __builtin_memcpy(&x, p, sizeof x);
-  const U bits = __builtin_convertvector(__builtin_convertvector(x, H), U), magnitude = bits & 0x7fu;
-  // exponent and mantissa where fp32 has them; exponent 0 has no leading 1: take it off again
-  const U moved = magnitude << 20;
-  const F normal = as_float(moved + (120u << 23));
-  const F subnormal = as_float(moved + (121u << 23)) - 0.015625f;
-  F result = select((I)(magnitude < 8u), subnormal, normal);
-  result = select((I)(magnitude == 0x7fu), splat(__builtin_nanf("")), result);
-  return as_float(as_bits(result) | (bits & 0x80u) << 24);
 }
 
 LLMOS_INLINE void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }

@@ -50,6 +50,7 @@ def forward(
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
+    """``x``, or a copy whose rows are contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 

@@ -16,7 +16,7 @@ from llmos_fast.library import (
     refusal_of_transforms,
     register,
 )
-from llmos_fast.native.common import address
+from llmos_fast.native.common import address, dtype_code
 from llmos_fast.quantize import FORMATS, SCHEMES, QuantizedWeight, format_of, rounds_activations
 from llmos_fast.reference.quant_matmul import finish
 
@@ -30,8 +30,9 @@ _ACTIVATIONS = {"": -1, "relu": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "silu"
 _MAX_INTEGER_K = 131072
 
 
-# what a scheme's name means to the kernels: (format, activations are rounded to int8)
-_SCHEMES = {s: (FORMATS.index(format_of(s)), rounds_activations(s)) for s in SCHEMES}
+# what a scheme's name means to the kernels
+FORMAT_CODES = {scheme: FORMATS.index(format_of(scheme)) for scheme in SCHEMES}
+_ROUNDS = {scheme: rounds_activations(scheme) for scheme in SCHEMES}
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -49,7 +50,7 @@ def _dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     # the tensors are named until the kernel returns: an address alone keeps none of them alive
-    code, _ = _SCHEMES[scheme]
+    code = FORMAT_CODES[scheme]
     out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
     shape = (rows, columns, group_size, code)
     if packed.is_cuda:
@@ -63,9 +64,9 @@ def _dequantize(
         return out
     parts = (packed.contiguous(), scales.contiguous(), _contiguous(zero_points))
     addresses = [address(part) for part in parts]
-    narrow = dtype == torch.bfloat16
-    target = out if narrow or dtype == torch.float32 else out.float()
-    _C.dequantize(*addresses, target.data_ptr(), *shape, narrow)
+    target = out if dtype in (torch.bfloat16, torch.float32) else out.float()
+    every_row = (0, False, rows)
+    _C.quant_rows(*addresses, *every_row, target.data_ptr(), *shape, dtype_code(target.dtype))
     return target.to(dtype)
 
 
@@ -138,7 +139,7 @@ def _on_cpu(
         bias = bias.float().contiguous()
     if residual is not None:
         residual = residual.contiguous()
-    code, integer = _SCHEMES[scheme]
+    code, integer = FORMAT_CODES[scheme], _ROUNDS[scheme]
     out = x.new_empty((*leading, n // 2 if gated else n))
     if m:
         _C.quant_matmul(

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from llmos_fast import ops
 from llmos_fast.nn.quant_linear import QuantLinear
 from llmos_fast.nn.quantized_module import QuantizedModule
 from llmos_fast.quantize import QuantizedWeight, empty, quantize
@@ -97,26 +98,9 @@ class QuantEmbedding(QuantizedModule):
     def forward(self, ids: Tensor) -> Tensor:
         """Int[...], int32 or int64 -> Float[... embedding_dim].
 
-        Raises ValueError for another dtype, IndexError for ids outside of [0, num_embeddings);
-        where that would wait for a device or break a graph, the device asserts it.
+        Raises as ``ops.quant_embedding``.
         """
-        if ids.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"QuantEmbedding: ids must be int32 or int64, got {ids.dtype}")
-        rows = ids.reshape(-1).long()
-        if rows.numel():
-            self._check_range(rows)
-        return self.qweight.rows(rows, self.dtype).view(*ids.shape, self.embedding_dim)
-
-    def _check_range(self, ids: Tensor) -> None:
-        low, high = ids.aminmax()
-        rule = f"be in [0, {self.num_embeddings})"
-        if ids.is_cpu and not torch.compiler.is_compiling():
-            for value in (int(low), int(high)):
-                if not 0 <= value < self.num_embeddings:
-                    raise IndexError(f"QuantEmbedding: ids must {rule}, got {value}")
-            return
-        inside = (low >= 0) & (high < self.num_embeddings)
-        torch._assert_async(inside, f"QuantEmbedding: ids must {rule}")
+        return ops.quant_embedding(ids, self.qweight, self.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """An nn.Embedding with the rounded table, in ``dtype`` or else the module's."""

@@ -10,6 +10,7 @@ from llmos_fast.ops.ffn import ffn
 from llmos_fast.ops.gated_ffn import gated_ffn
 from llmos_fast.ops.linear import linear
 from llmos_fast.ops.linear_cross_entropy import linear_cross_entropy
+from llmos_fast.ops.quant_embedding import quant_embedding
 from llmos_fast.ops.quant_matmul import quant_matmul
 from llmos_fast.ops.rotary import rotary
 
@@ -24,6 +25,7 @@ __all__ = [
     "gated_ffn",
     "linear",
     "linear_cross_entropy",
+    "quant_embedding",
     "quant_matmul",
     "rotary",
 ]

@@ -40,8 +40,8 @@ def cache_write(
         cache_lengths: Int[batch], how many keys are valid, the new tokens' included.
         block_table: Int[batch max_pages] for a paged cache, as in ``attention_decode``.
         key_scale: Float32 of key_cache's first three dimensions, for int8 and only there: a row
-            holds round_half_even(x (127 / amax)) and its scale becomes amax / 127 (NaN where x is
-            not finite), amax being the largest magnitude in the row.
+            holds round_half_even(x (127 / amax)) and its scale becomes amax / 127 (0 and NaN where
+            x is not finite), amax being the largest magnitude in the row.
         value_scale: likewise for the values.
         impl: "auto", or the name of an implementation, which is then forced.
 
@@ -56,11 +56,8 @@ def cache_write(
     batch, heads, seq, head_dim = key.shape
     head_dim_v = value.shape[-1] if value.dim() == 4 else -1
     check.shape(_OP, "value", value, (batch, heads, seq, head_dim_v), "those of key and head_dim_v")
-    rows: tuple[int, ...] = tuple(key_cache.shape[:3])
-    if block_table is None:
-        rows = (batch, heads, *rows[2:])
-    else:
-        rows = (*rows[:1], heads, *rows[2:])
+    pages, _, page_size, *_ = (*key_cache.shape, 0, 0, 0)
+    rows = (batch if block_table is None else pages, heads, page_size)
     names = "batch heads_kv capacity" if block_table is None else "pages heads_kv page_size"
     for argument, cache, width, scale in (
         ("key", key_cache, head_dim, key_scale),

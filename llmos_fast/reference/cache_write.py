@@ -34,7 +34,6 @@ def forward(
     valid = (position >= 0) & (position < capacity) & (page >= 0) & (page < pages)
     if 0 in key_cache.shape[:3] or key.numel() == 0:
         return
-    # what lies outside writes what is there already: no size depends on values
     page, row = page.clamp(0, pages - 1), position.clamp(0, capacity - 1) % page_size
     for x, cache, scale in ((key, key_cache, key_scale), (value, value_cache, value_scale)):
         rows = x.detach().transpose(1, 2)
@@ -45,9 +44,15 @@ def forward(
 
 
 def _put(into: Tensor, new: Tensor, page: Tensor, row: Tensor, valid: Tensor) -> None:
-    """into[page, :, row] = new[batch seq heads ...] where valid."""
-    keep = ~valid.view(*valid.shape, *[1] * (new.dim() - 2))
-    into[page, :, row] = torch.where(keep, into[page, :, row], new.to(into.dtype))
+    """into[page, :, row] = new[batch seq heads ...] where valid, without a size that depends on it.
+
+    What is not valid writes once more what a valid row writes; if there is none, what is there.
+    """
+    page, row, valid, new = page.flatten(), row.flatten(), valid.flatten(), new.flatten(0, 1)
+    some = valid.int().argmax()
+    source = torch.where(valid, torch.arange(len(valid), device=valid.device), some)
+    page, row = page[source], row[source]
+    into[page, :, row] = torch.where(valid[some], new[source].to(into.dtype), into[page, :, row])
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,8 @@ OPS = [
 
 def test_every_op_is_covered():
     # not every tensor of these has a gradient: files of their own test what is tested here
-    assert set(ops.__all__) - {"attention_decode", "quant_matmul"} == set(OPS)
+    others = {"attention_decode", "cache_write", "quant_embedding", "quant_matmul"}
+    assert set(ops.__all__) - others == set(OPS)
 
 
 def _differentiable(op, call):

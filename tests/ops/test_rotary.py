@@ -28,6 +28,26 @@ def test_matches_definition(interleaved, half, per_batch, dtype):
     )
 
 
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(9,), (2, 9)], ids=str)
+def test_positions_choose_rows_of_the_table(shape, index, dtype):
+    tensors = {
+        "query": random(2, 4, 9, 40, dtype=dtype, requires_grad=True),
+        "key": random(2, 2, 9, 40, dtype=dtype, requires_grad=True),
+        "cos": random(30, 16, dtype=dtype),
+        "sin": random(30, 16, dtype=dtype),
+    }
+    positions = torch.randint(30, shape).to(index)
+    assert_within_budget(
+        ops.rotary,
+        reference.rotary,
+        tensors,
+        {"positions": positions},
+        impl="native",
+        reduction=2,
+    )
+
+
 def test_every_instruction_set(cpu_set):
     test_matches_definition(False, 20, True, torch.float32)
     test_matches_definition(True, 20, False, torch.bfloat16)

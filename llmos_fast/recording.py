@@ -20,7 +20,7 @@ from llmos_fast.library import KERNELS
 try:
     import llmos_fast._C as _C
 except ImportError:
-    _C = None  # type: ignore[assignment]
+    _C = None
 
 _EMPTY = {
     torch.ops.aten.empty.memory_format,
@@ -105,7 +105,7 @@ class _Recorder(TorchDispatchMode):
     """Lets pass what a replay repeats, and keeps every tensor whose address a kernel has seen."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._alive: list[Tensor] = []
 
     def __torch_dispatch__(
@@ -115,17 +115,24 @@ class _Recorder(TorchDispatchMode):
         if kernel is not None:
             with self:
                 out = kernel(*args, **(kwargs or {}))
-        elif func in _EMPTY or _is_view(func):
-            out = func(*args, **(kwargs or {}))
         else:
-            raise ValueError(
-                "capture: function must consist of native ops, views and empty tensors, got "
-                f"{func}"
-            )
-        self._alive += [t for t in tree_flatten((args, out))[0] if isinstance(t, Tensor)]
+            out = func(*args, **(kwargs or {}))
+            if func not in _EMPTY and not _is_view(func, args, out):
+                rule = "function must consist of native ops, views and empty tensors"
+                raise ValueError(f"capture: {rule}, got {func}")
+        self._alive += _tensors((args, out))
         return out
 
 
-def _is_view(func: Any) -> bool:
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _is_view(func: Any, args: Any, out: Any) -> bool:
+    """Whether ``out`` is ``args`` seen otherwise: nothing was written, nothing copied."""
     aliases = [value.alias_info for value in func._schema.returns]
-    return bool(aliases) and all(a is not None and not a.is_write for a in aliases)
+    if not aliases or any(a is None or a.is_write for a in aliases):
+        return False
+    # contiguous() and reshape() copy where they cannot alias
+    known = {t.untyped_storage().data_ptr() for t in _tensors(args)}
+    return all(t.untyped_storage().data_ptr() in known for t in _tensors(out))

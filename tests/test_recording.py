@@ -1,0 +1,173 @@
+"""capture: a replay gives the bits of a call, sees changed memory, and nothing else is captured."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmos_fast import capture, ops, quantize
+from llmos_fast.testing import random
+
+
+class Block:
+    """A decoder block with a cache, all of it native: quantized weights, rotary, SwiGLU."""
+
+    def __init__(self, width=64, heads=4, kv_heads=2, capacity=32, batch=2):
+        self.heads, self.kv_heads, self.width = heads, kv_heads, width
+        head_dim = width // heads
+        rows = (heads + 2 * kv_heads) * head_dim
+        self.qkv = quantize(random(rows, width), "int8")
+        self.out = quantize(random(width, width), "int4", 32)
+        self.ffn = [quantize(random(128, width), "int4", 32), quantize(random(width, 128), "int8")]
+        self.norm = 1 + random(width, scale=0.1)
+        self.keys = torch.zeros(batch, kv_heads, capacity, head_dim)
+        self.values = torch.zeros_like(self.keys)
+        angle = torch.arange(capacity)[:, None] * 0.1 ** torch.linspace(0, 4, head_dim // 2)
+        self.cos, self.sin = angle.cos(), angle.sin()
+
+    def __call__(self, x, lengths, positions):
+        normed, _ = ops.add_norm(x, None, self.norm, kind="rms")
+        heads = ops.quant_matmul(normed, self.qkv).view(len(x), -1, 1, self.width // self.heads)
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 1)
+        q, k = ops.rotary(q, k, self.cos, self.sin, positions=positions)
+        ops.cache_write(k, v, self.keys, self.values, lengths)
+        attended = ops.attention_decode(q, self.keys, self.values, lengths).reshape(len(x), -1)
+        x = ops.quant_matmul(attended, self.out, residual=x)
+        normed, _ = ops.add_norm(x, None, self.norm, kind="rms")
+        inner = ops.quant_matmul(normed, self.ffn[0], activation="gelu")
+        return ops.quant_matmul(inner, self.ffn[1], residual=x)
+
+
+def step(position):
+    return random(2, 64), torch.tensor([position + 1, position]), torch.tensor([[position]] * 2)
+
+
+@torch.no_grad()
+def test_replays_are_the_function():
+    block = Block()
+    torch.manual_seed(1)
+    captured = capture(block, *step(1))
+    assert len(captured) == 10
+    for cache in (block.keys, block.values):
+        cache.zero_()
+    inputs = [step(position) for position in range(1, 9)]
+    replayed = [captured(*arguments).clone() for arguments in inputs]
+    keys = block.keys.clone()
+    for cache in (block.keys, block.values):
+        cache.zero_()
+    for arguments, out in zip(inputs, replayed, strict=True):
+        assert torch.equal(block(*arguments), out)
+    assert torch.equal(block.keys, keys)
+    assert keys.any()
+
+
+@torch.no_grad()
+def test_inputs_can_be_written_in_place():
+    block = Block()
+    captured = capture(block, *step(3))
+    arguments = step(5)
+    for mine, new in zip(captured.inputs, arguments, strict=True):
+        mine.copy_(new)
+    out = captured.replay()
+    assert out is captured.outputs
+    assert torch.equal(out, block(*arguments))
+
+
+def test_every_temporary_lives_as_long_as_the_capture():
+    """Memory that the allocator took back and gave to others would change between replays."""
+    weight = quantize(random(64, 64), "int8")
+
+    def chain(x):
+        for _ in range(20):
+            x = ops.quant_matmul(x, weight, activation="silu")
+        return x
+
+    x = random(2, 64)
+    captured = capture(chain, x)
+    expected = chain(x)
+    for _ in range(5):
+        garbage = [torch.full((2, 64), torch.nan) for _ in range(200)]
+        assert torch.equal(captured(x), expected)
+    assert len(garbage) == 200
+
+
+def test_lookups_are_captured_and_checked_at_each_replay():
+    table = quantize(random(20, 64), "int8")
+    captured = capture(lambda ids: ops.quant_embedding(ids, table), torch.tensor([3, 4]))
+    ids = torch.tensor([19, 0])
+    assert torch.equal(captured(ids), table.dequantize()[ids])
+    with pytest.raises(IndexError, match=r"ids must be in \[0, 20\), got 20"):
+        captured(torch.tensor([0, 20]))
+    assert torch.equal(captured(ids), table.dequantize()[ids])
+
+
+def test_positions_are_checked_at_each_replay():
+    table = random(8, 4)
+    x = random(1, 2, 1, 8)
+    captured = capture(
+        lambda x, p: ops.rotary(x, x, table, table, positions=p), x, torch.tensor([3])
+    )
+    expected = ops.rotary(x, x, table, table, positions=torch.tensor([7]))
+    assert torch.equal(captured(x, torch.tensor([7]))[0], expected[0])
+    for bad in (8, -1):
+        with pytest.raises(ValueError, match=rf"positions must be in \[0, 8\), .*got {bad}"):
+            captured(x, torch.tensor([bad]))
+
+
+WEIGHT = quantize(torch.ones(16, 16), "int8")
+FOREIGN = {
+    "a product of torch": lambda x: F.linear(x, torch.ones(16, 16)),
+    "arithmetic": lambda x: ops.quant_matmul(x, WEIGHT) + 1,
+    "in place": lambda x: ops.quant_matmul(x, WEIGHT).add_(1),
+    "a copy": lambda x: ops.quant_matmul(x, WEIGHT).t().contiguous(),
+    "a hidden copy": lambda x: ops.quant_matmul(x.t(), WEIGHT),
+    "a value": lambda x: x.sum().item(),
+    "zeros": lambda x: torch.zeros(3),
+    "the reference": lambda x: ops.quant_matmul(x, WEIGHT, impl="reference"),
+}
+
+
+@pytest.mark.parametrize("function", FOREIGN.values(), ids=FOREIGN)
+def test_what_a_replay_would_not_repeat_is_refused(function):
+    with pytest.raises(ValueError, match=r"capture: function must consist of native ops.*got aten"):
+        capture(function, torch.ones(16, 16))
+    # and leaves nothing switched on
+    assert len(capture(lambda x: ops.quant_matmul(x, WEIGHT), torch.ones(2, 16))) == 1
+
+
+BAD_INPUTS = [
+    (lambda c: c(), "inputs must be 1, got 0"),
+    (lambda c: c(torch.ones(3, 16)), "input 0 must be torch.float32"),
+    (lambda c: c(torch.ones(2, 16).bfloat16()), "input 0 must be torch.float32"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD_INPUTS, ids=[m for _, m in BAD_INPUTS])
+def test_bad_inputs_of_a_replay(call, message):
+    with pytest.raises(ValueError, match=f"capture: {message}"):
+        call(capture(lambda x: ops.quant_matmul(x, WEIGHT), torch.ones(2, 16)))
+
+
+@pytest.mark.parametrize("x", [3.0, torch.ones(2, device="meta")], ids=["number", "meta"])
+def test_bad_inputs_of_a_capture(x):
+    with pytest.raises(ValueError, match="capture: input 0 must be a CPU tensor"):
+        capture(lambda x: x, x)
+
+
+def test_a_capture_inside_a_capture_is_refused():
+    def outer(x):
+        capture(lambda: ops.quant_matmul(x, WEIGHT))
+        return x
+
+    with pytest.raises(ValueError, match="capture: function must not capture another"):
+        capture(outer, torch.ones(2, 16))
+
+
+def test_parameters_need_no_gradient_in_a_replay():
+    weight = torch.nn.Parameter(torch.ones(16))
+    captured = capture(lambda x: ops.add_norm(x, None, weight)[0], torch.ones(2, 16))
+    out = captured(torch.arange(32.0).view(2, 16))
+    assert not out.requires_grad
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(captured(torch.arange(32.0).view(2, 16)), out)
+    assert out.abs().max() > 2
