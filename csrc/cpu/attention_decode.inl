@@ -22,10 +22,11 @@ LLMOS_INLINE F lane_sums(F (&x)[kLanes]) {
   return LLMOS_FOLD(x[0], x[1], 1);
 }
 
-// Products of a query with 16 keys; as many keys at a time as the registers hold sums.
+// Products of a query with 16 keys; as many at a time as there are registers for addresses and
+// sums.
 template <typename C>
 LLMOS_INLINE F query_times_keys(const float* query, const C* keys, int64_t stride, int64_t width) {
-  constexpr int at_once = kTileRows * kTileVectors >= kLanes ? kLanes : 4;
+  constexpr int at_once = kTileVectors > 1 ? 8 : 4;
   F sums[kLanes];
 #pragma GCC unroll 4
   for (int first = 0; first < kLanes; first += at_once) {
@@ -41,26 +42,38 @@ LLMOS_INLINE F query_times_keys(const float* query, const C* keys, int64_t strid
   return lane_sums(sums);
 }
 
-// out += sum_k weights[k] rows[k]: one query's share of n values.
-template <typename C>
-LLMOS_INLINE void add_weighted_rows(int64_t n, const float* weights, const C* rows, int64_t stride,
-                                    int64_t width, float* out) {
+// out[q] += sum_k weights[q][k] values[k] over n rows of values, for a few queries at once.
+template <int queries, typename C>
+LLMOS_INLINE void add_weighted_rows(int64_t n, const float* weights, int64_t weights_stride,
+                                    const C* values, int64_t stride, int64_t width, float* out,
+                                    int64_t out_stride) {
+  constexpr int vectors = 4;
   int64_t j = 0;
-  for (; j + 4 * kLanes <= width; j += 4 * kLanes) {
-    F sums[4];
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) sums[v] = load(out + j + v * kLanes);
+  for (; j + vectors * kLanes <= width; j += vectors * kLanes) {
+    F sums[queries][vectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < queries * vectors; ++i)
+      sums[i / vectors][i % vectors] =
+          load(out + i / vectors * out_stride + j + i % vectors * kLanes);
     for (int64_t k = 0; k < n; ++k)
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) sums[v] += weights[k] * load(rows + k * stride + j + v * kLanes);
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) store(out + j + v * kLanes, sums[v]);
+      for (int v = 0; v < vectors; ++v) {
+        const F row = load(values + k * stride + j + v * kLanes);
+#pragma GCC unroll 2
+        for (int q = 0; q < queries; ++q) sums[q][v] += weights[q * weights_stride + k] * row;
+      }
+#pragma GCC unroll 8
+    for (int i = 0; i < queries * vectors; ++i)
+      store(out + i / vectors * out_stride + j + i % vectors * kLanes,
+            sums[i / vectors][i % vectors]);
   }
-  for (; j < width; j += kLanes) {
-    F sums = load(out + j);
-    for (int64_t k = 0; k < n; ++k) sums += weights[k] * load(rows + k * stride + j);
-    store(out + j, sums);
-  }
+  for (; j < width; j += kLanes)
+    for (int q = 0; q < queries; ++q) {
+      F sums = load(out + q * out_stride + j);
+      for (int64_t k = 0; k < n; ++k)
+        sums += weights[q * weights_stride + k] * load(values + k * stride + j);
+      store(out + q * out_stride + j, sums);
+    }
 }
 
 LLMOS_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
@@ -222,12 +235,17 @@ static void decode_unit(const DecodeUnit& unit, int64_t key_begin, int64_t key_e
     }
     const bool whole = as_stored && width_v == head_dim_v;
     if (!whole) widen_rows(values, stride, n, head_dim_v, width_v, buffer);
-    for (int64_t r = 0; r < rows; ++r) {
+    const auto add = [&](auto queries, int64_t r) {
+      prefetch_rows(values, stride, head_dim_v, r / queries, (rows + queries - 1) / queries);
       float *mixture = partial + r * partial_stride + kLanes, *weight = weights + r * kUnitKeys;
-      prefetch_rows(values, stride, head_dim_v, r, rows);
-      whole ? add_weighted_rows(n, weight, values, stride, width_v, mixture)
-            : add_weighted_rows(n, weight, buffer, width_v, width_v, mixture);
-    }
+      whole ? add_weighted_rows<queries>(n, weight, kUnitKeys, values, stride, width_v, mixture,
+                                         partial_stride)
+            : add_weighted_rows<queries>(n, weight, kUnitKeys, buffer, width_v, width_v, mixture,
+                                         partial_stride);
+    };
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2) add(std::integral_constant<int, 2>{}, r);
+    if (r < rows) add(std::integral_constant<int, 1>{}, r);
   }
 }
 

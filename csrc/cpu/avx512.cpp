@@ -3,6 +3,8 @@
 #include <immintrin.h>
 #include <omp.h>
 
+#include <type_traits>
+
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"

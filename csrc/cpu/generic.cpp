@@ -1,5 +1,7 @@
 #include <omp.h>
 
+#include <type_traits>
+
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
