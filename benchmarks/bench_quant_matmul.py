@@ -2,7 +2,8 @@
 
 For up to 16 rows all engines go through copies of their weight, so that it comes from memory; for
 more, where arithmetic decides, they keep one. Errors are relative to the fp32 product with the
-weight as it was before it was quantized, in the Frobenius norm. A table of all ends the run.
+weight as it was before it was quantized, in the Frobenius norm. Ours is captured (``eager``: the
+same calls from Python), as other engines prepare a graph. A table of all ends the run.
 
     pip install -e ".[bench,peers]"
     OMP_PROC_BIND=close OMP_PLACES=threads pytest benchmarks/ --benchmark-only -k quant
@@ -78,7 +79,8 @@ def bench_quant_matmul(benchmark, compare, smoke, prepared, case, rows):
 
     compare(
         runs["ours"],
-        {name: run for name, run in runs.items() if name != "ours"},
+        {name: run for name, run in runs.items() if name not in ("ours", "eager")},
+        baselines={"eager": runs["eager"]},
         check=check,
         flops=2 * rows * features * out_features,
         bytes=quantized.nbytes,

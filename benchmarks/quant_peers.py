@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmos_fast import ops
+from llmos_fast import capture, ops
 from llmos_fast.quantize import QuantizedWeight, format_of
 
 from . import ggml
@@ -59,12 +59,15 @@ def in_turn(products: list[Callable[[Tensor], Any]], dtype: torch.dtype) -> Bind
     return bind
 
 
-def ours(quantized: QuantizedWeight, copies: int) -> Bind:
+def ours(quantized: QuantizedWeight, copies: int) -> dict[str, Bind]:
+    """As ONNX Runtime, OpenVINO and ggml run what they prepared; and call by call from Python."""
+
     def clone() -> QuantizedWeight:
         return replace(quantized, **{n: t.clone() for n, t in quantized.tensors().items()})
 
     weights = [quantized, *(clone() for _ in range(copies - 1))]
-    return in_turn([lambda x, w=w: ops.quant_matmul(x, w) for w in weights], torch.float32)
+    eager = in_turn([lambda x, w=w: ops.quant_matmul(x, w) for w in weights], torch.float32)
+    return {"ours": lambda x: capture(eager(x)).replay, "eager": eager}
 
 
 # ---- torch, torchao and bitsandbytes ----
@@ -357,8 +360,9 @@ class Engines:
         def copies(bits: int) -> int:
             return math.ceil(8 * TOUCHED / (bits * weight.numel())) if cold else 1
 
-        self.copies["ours"] = copies(8 if scheme == "int8" else 4)
-        self._binds["ours"] = ours(quantized, self.copies["ours"])
+        count = copies(8 if scheme == "int8" else 4)
+        self.copies |= {"ours": count, "eager": count}
+        self._binds |= ours(quantized, count)
         for other, peer in (LINEAR | {"int8": INT8, "nf4": NF4}.get(scheme, INT4)).items():
             self.copies[other] = copies(peer.bits)
             try:
@@ -375,7 +379,7 @@ class Engines:
                 run()
                 runs[name] = run
             except Exception as error:
-                if name == "ours":
+                if name in ("ours", "eager"):
                     raise
                 self.left_out[name] = reason(error)
         return runs

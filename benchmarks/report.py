@@ -76,7 +76,9 @@ def engines(entries: list[dict[str, Any]]) -> str:
     for case, columns in cases.items():
         infos = [column["extra_info"] for column in columns]
         times = [
-            {"ours": 1e3 * column["stats"]["median"]} | column["extra_info"]["peers_ms"]
+            {"ours": 1e3 * column["stats"]["median"]}
+            | column["extra_info"].get("baselines_ms", {})
+            | column["extra_info"]["peers_ms"]
             for column in columns
         ]
         errors = {name: e for info in infos for name, e in info["relative_error"].items()}
