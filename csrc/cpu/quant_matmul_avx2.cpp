@@ -18,6 +18,7 @@ namespace llmos {
 namespace {
 
 struct Avx2 {
+  using Rounding = PlainRounding;
   using I = __m256i;
   using F = __m256;
   static constexpr int kLanes = 8;

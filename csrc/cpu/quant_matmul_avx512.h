@@ -5,7 +5,15 @@
 namespace llmos {
 namespace {
 
+struct Avx512Rounding {
+  static lanes::I round(lanes::F x) { return (lanes::I)_mm512_cvtps_epi32((__m512)x); }
+  static Bytes narrow(lanes::I x) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)x); }
+  static uint32_t largest(lanes::U x) { return _mm512_reduce_max_epu32((__m512i)x); }
+  static int32_t total(lanes::I x) { return _mm512_reduce_add_epi32((__m512i)x); }
+};
+
 struct Avx512 {
+  using Rounding = Avx512Rounding;
   using I = __m512i;
   using F = __m512;
   static constexpr int kLanes = 16;

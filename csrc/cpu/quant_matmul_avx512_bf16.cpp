@@ -11,9 +11,9 @@ LLMOS_TARGET_BEGIN(
     "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512")
 
 #include "cpu/bf16.h"
-#include "cpu/quant_matmul_avx512.h"
 #include "cpu/quant_matmul_epilogue.h"
 #include "cpu/quant_matmul_rows.h"
+#include "cpu/quant_matmul_avx512.h"
 #include "cpu/quant_matmul_tile.h"
 // in this order: they build on one another
 #include "cpu/quant_matmul_kernel.h"

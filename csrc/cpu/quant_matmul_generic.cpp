@@ -17,6 +17,7 @@ struct Array {
 };
 
 struct Generic {
+  using Rounding = PlainRounding;
   using I = Array<int32_t>;
   using F = Array<float>;
   static constexpr int kLanes = 16;

@@ -1,13 +1,13 @@
 // The quantized matmul, written once over an instruction set S. Include it inside a target region.
 //
-// Work is cut into tasks of up to 4 panels (64 weight rows) by kBlockRows rows of x. A few rows of x
-// stream through the weights, each word read once. For more rows, kBlockK columns of the weights at
-// a time stay in the L1 cache while all rows of the task run over them, S::kRows at a time, and the
-// next columns are on their way. Codes are unpacked in registers; fp32 levels, which cost more, are
-// staged once per block.
+// Work is cut into tasks of up to 4 panels (64 weight rows) by kBlockRows rows of x. A few rows of
+// x stream through the weights, each word read once. For more rows, kBlockK columns of the weights
+// at a time stay in the L1 cache while all rows of the task run over them, S::kRows at a time, and
+// the next columns are on their way. Codes are unpacked in registers; fp32 levels, which cost more,
+// are staged once per block.
 //
-// S gives: I, F (vectors of kLanes int32 / float), kRegisters, the register tiles of blocks (kRows by
-// kVectors, or by kGroupedVectors) and of streams (kStreamRows, stream_vectors(rows)), and small
+// S gives: I, F (vectors of kLanes int32 / float), kRegisters, the register tiles of blocks (kRows
+// by kVectors, or by kGroupedVectors) and of streams (kStreamRows, stream_vectors(rows)), and small
 // functions.
 #pragma once
 
@@ -174,8 +174,8 @@ struct Product {
       tile<MR, V, S::kRows, true>(w, part, task.row + row, k, out + p * kPanel);
     }
     for (; p < task.panels; ++p)
-      tile<MR, kPanelVectors, S::kRows, true>(operand(task.panel, p, word), part, task.row + row,
-                                              k, out + p * kPanel);
+      tile<MR, kPanelVectors, S::kRows, true>(operand(task.panel, p, word), part, task.row + row, k,
+                                              out + p * kPanel);
   }
 
   // What the tile of V vectors at (row, p) fetches of the block that is next: V / 2 panels or
@@ -342,8 +342,9 @@ void run_typed(const QuantMatmul& call) {
     return run_kind<S, Kind::kInteger, T>(
         call, plan, rows, [&](const T* x, int64_t strip, int64_t place) {
           const int64_t first = strip * plan.groups + place;
-          quantize_row(x, call, plan, integers + strip * plan.depth + place * 4, offsets + first,
-                       scales + first);
+          quantize_row<typename S::Rounding>(x, call, plan,
+                                             integers + strip * plan.depth + place * 4,
+                                             offsets + first, scales + first);
         });
   if constexpr (kPairs)
     if (pairs)
@@ -351,10 +352,9 @@ void run_typed(const QuantMatmul& call) {
           call, plan, rows, [&](const T* x, int64_t strip, int64_t place) {
             pair_row(x, k, plan, words + strip * plan.depth / 2 + place);
           });
-  run_kind<S, Kind::kFloat, T>(call, plan, rows,
-                               [&](const T* x, int64_t strip, int64_t place) {
-                                 widen_row(x, k, plan, floats + strip * plan.depth + place);
-                               });
+  run_kind<S, Kind::kFloat, T>(call, plan, rows, [&](const T* x, int64_t strip, int64_t place) {
+    widen_row(x, k, plan, floats + strip * plan.depth + place);
+  });
 }
 
 template <class S>

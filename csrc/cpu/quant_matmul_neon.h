@@ -5,6 +5,7 @@ namespace llmos {
 namespace {
 
 struct Neon {
+  using Rounding = PlainRounding;
   using I = int32x4_t;
   using F = float32x4_t;
   static constexpr int kLanes = 4;

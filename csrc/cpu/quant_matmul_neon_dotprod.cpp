@@ -9,8 +9,8 @@ LLMOS_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 
 #include "cpu/bf16.h"
 #include "cpu/quant_matmul_epilogue.h"
-#include "cpu/quant_matmul_neon.h"
 #include "cpu/quant_matmul_rows.h"
+#include "cpu/quant_matmul_neon.h"
 #include "cpu/quant_matmul_tile.h"
 // in this order: they build on one another
 #include "cpu/quant_matmul_kernel.h"

@@ -16,9 +16,9 @@ struct Plan {
 
 // Prepared rows lie in strips, so that a register tile reads one stream from front to back:
 // integers [strip][depth / 4][row][4], floats [strip][depth][row]; the last strip may be short.
-// integers: int8 with a scale for each group; offsets: the sum of a group's integers times -code(0),
-// which turns a sum over codes into one over levels; -1 stands for code(0) where every group has a
-// zero point of its own. Both lie as [strip][group][row].
+// integers: int8 with a scale for each group; offsets: the sum of a group's integers times
+// -code(0), which turns a sum over codes into one over levels; -1 stands for code(0) where every
+// group has a zero point of its own. Both lie as [strip][group][row].
 struct Rows {
   const int8_t* integers;
   const float* floats;
@@ -31,15 +31,35 @@ inline int32_t offset_factor(WeightFormat format) {
   return format == WeightFormat::kInt8 ? -128 : format == WeightFormat::kInt4 ? -8 : -1;
 }
 
+using Bytes = int8_t __attribute__((vector_size(16)));
+
+// Nearest integers, half to even, their low bytes, and all lanes in one.
+struct PlainRounding {
+  static lanes::I round(lanes::F x) {
+    asm("" : "+m"(x));  // a product before it is rounded by itself, not in one step with this sum
+    const lanes::F magic = lanes::splat(12582912.0f);  // 1.5 * 2^23: has no bits for fractions
+    return (lanes::I)(x + magic) - 0x4b400000;
+  }
+  static Bytes narrow(lanes::I x) { return __builtin_convertvector(x, Bytes); }
+  static uint32_t largest(lanes::U x) {
+    uint32_t result = 0;
+    for (int i = 0; i < lanes::kLanes; ++i) result = x[i] > result ? x[i] : result;
+    return result;
+  }
+  static int32_t total(lanes::I x) {
+    int32_t result = 0;
+    for (int i = 0; i < lanes::kLanes; ++i) result += x[i];
+    return result;
+  }
+};
+
 // One row into its place in a strip: `out`, `offsets` and `scales` are its first elements there.
-template <typename T>
+template <typename Rounding, typename T>
 void quantize_row(const T* x, const QuantMatmul& call, const Plan& plan, int8_t* out,
                   int32_t* offsets, float* scales) {
   using lanes::F, lanes::I, lanes::U;
-  using Bytes = int8_t __attribute__((vector_size(16)));
   const int64_t k = call.weight.k;
   const int32_t factor = offset_factor(call.weight.format);
-  const F magic = lanes::splat(12582912.0f);  // 1.5 * 2^23: adding it rounds half to even
   for (int64_t group = 0; group < plan.groups; ++group) {
     // a group is a multiple of 32, or the whole row; the last one goes on with zeros
     const int64_t begin = group * call.weight.group_size;
@@ -50,8 +70,7 @@ void quantize_row(const T* x, const QuantMatmul& call, const Plan& plan, int8_t*
       const U magnitude = lanes::as_bits(lanes::load(x + i, end - i)) & 0x7fffffffu;
       most = magnitude > most ? magnitude : most;
     }
-    uint32_t largest = 0;
-    for (int i = 0; i < lanes::kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
+    const uint32_t largest = Rounding::largest(most);
     const bool finite = largest < 0x7f800000;
     const float amax = float_of(largest) < 1e-30f ? 1e-30f : float_of(largest);
     const float inverse = 127.0f / amax;
@@ -59,19 +78,13 @@ void quantize_row(const T* x, const QuantMatmul& call, const Plan& plan, int8_t*
     I sum = {};
     for (int64_t i = begin; i < (last ? plan.depth : end); i += lanes::kLanes) {
       I integers = {};
-      if (i < end && finite) {
-        F scaled = lanes::load(x + i, end - i) * inverse;
-        asm("" : "+m"(scaled));  // a fused multiply-add would round once, and some ties elsewhere
-        integers = (I)(scaled + magic) - 0x4b400000;
-      }
-      const Bytes bytes = __builtin_convertvector(integers, Bytes);
+      if (i < end && finite) integers = Rounding::round(lanes::load(x + i, end - i) * inverse);
+      const Bytes bytes = Rounding::narrow(integers);
       for (int j = 0; j < lanes::kLanes; j += 4)
         std::memcpy(out + (i + j) * plan.strip, reinterpret_cast<const char*>(&bytes) + j, 4);
       sum += integers;
     }
-    int32_t total = 0;
-    for (int i = 0; i < lanes::kLanes; ++i) total += sum[i];
-    offsets[group * plan.strip] = total * factor;
+    offsets[group * plan.strip] = Rounding::total(sum) * factor;
     scales[group * plan.strip] = finite ? amax / 127.0f : float_of(0x7fc00000);
   }
 }

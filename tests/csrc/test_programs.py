@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
-    *sorted((ROOT / "csrc/cpu").glob("quant_matmul*.cpp")),
+    *sorted((ROOT / "csrc/cpu").glob("quant_*.cpp")),
     ROOT / "csrc/cpu/dispatch.cpp",
     Path(__file__).with_name("test_quant_matmul.cpp"),
 ]

@@ -10,6 +10,7 @@
 #include "cpu/bf16.h"
 #include "cpu/dispatch.h"
 #include "cpu/quant_matmul.h"
+#include "cpu/quant_rows.h"
 #include "guarded.h"
 
 using namespace llmos;
@@ -41,7 +42,9 @@ struct Values {
   float* floats() { return reinterpret_cast<float*>(data()); }
   uint16_t* halves() { return reinterpret_cast<uint16_t*>(data()); }
   double at(int64_t i) { return bf16 ? load(halves() + i) : floats()[i]; }
-  void set(int64_t i, float value) { bf16 ? store(halves() + i, value) : store(floats() + i, value); }
+  void set(int64_t i, float value) {
+    bf16 ? store(halves() + i, value) : store(floats() + i, value);
+  }
 };
 
 struct Case {
@@ -65,7 +68,8 @@ Bounded activate(int activation, Bounded y) {
     value = std::fmax(x, 0) * std::fmax(x, 0);
     slope = 2 * std::fabs(x) + y.error;
   }
-  if (activation == static_cast<int>(Activation::gelu)) value = x * std::erfc(-x / std::sqrt(2)) / 2;
+  if (activation == static_cast<int>(Activation::gelu))
+    value = x * std::erfc(-x / std::sqrt(2)) / 2;
   if (activation == static_cast<int>(Activation::gelu_tanh))
     value = x / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
   if (activation == static_cast<int>(Activation::silu)) value = x / (1 + std::exp(-x));
@@ -128,31 +132,45 @@ class Problem {
     return true;
   }
 
-  // The stored values in fp32 and bf16: exact.
+  // The stored values in fp32 and bf16: exact. Every row, then some of them, backwards.
   bool dequantizes() {
-    for (const bool bf16 : {false, true}) {
-      Values out(c_.n * c_.k, bf16, c_.shift);
-      dequantize(shape_, packed_.data(), scales_.data(), zeros(), bf16, out.data());
-      if (!out.memory.guards_hold()) return report("dequantize", "memory beside a buffer changed");
-      for (int64_t i = 0; i < c_.n * c_.k; ++i) {
-        Values one(1, bf16, 0);
-        one.set(0, level(i / c_.k, i % c_.k) *
-                       static_cast<float>(scales_.at(scale_index(shape_, i / c_.k, i % c_.k))));
-        if (one.at(0) != out.at(i) && !std::isnan(one.at(0) * out.at(i)))
-          return report("dequantize", "wrong result");
-      }
-    }
+    std::vector<int64_t> every, some;
+    for (int64_t row = 0; row < c_.n; ++row) every.push_back(row);
+    for (int64_t row = c_.n - 1; row >= 0; row -= 3) some.push_back(row);
+    for (const bool bf16 : {false, true})
+      if (!decodes(every, nullptr, bf16) || !decodes(some, some.data(), bf16)) return false;
     return true;
   }
 
  private:
+  bool decodes(const std::vector<int64_t>& rows, const int64_t* ids, bool bf16) {
+    const int64_t count = rows.size();
+    Values out(count * c_.k, bf16, c_.shift);
+    quant_rows({packed_.data(),
+                scales_.data(),
+                zeros(),
+                {ids, true},
+                count,
+                out.data(),
+                shape_,
+                bf16 ? DType::bf16 : DType::f32});
+    if (!out.memory.guards_hold()) return report("quant_rows", "memory beside a buffer changed");
+    for (int64_t i = 0; i < count * c_.k; ++i) {
+      const int64_t row = rows[i / c_.k], column = i % c_.k;
+      Values one(1, bf16, 0);
+      one.set(
+          0, level(row, column) * static_cast<float>(scales_.at(scale_index(shape_, row, column))));
+      if (one.at(0) != out.at(i) && !std::isnan(one.at(0) * out.at(i)))
+        return report("quant_rows", "wrong result");
+    }
+    return true;
+  }
+
   int64_t panels() const { return (c_.n + kPanel - 1) / kPanel; }
   int64_t packed_bytes() const {
     return c_.format == WeightFormat::kFp8 ? c_.n * c_.k : panels() * words(shape_) * kPanel * 4;
   }
-  const uint8_t* zeros() {
-    return c_.format == WeightFormat::kInt4Asym ? zeros_.data() : nullptr;
-  }
+  const uint8_t* zeros() { return c_.format == WeightFormat::kInt4Asym ? zeros_.data() : nullptr; }
   float level(int64_t row, int64_t column) {
     return level_of(c_.format, code_at(shape_, packed_.data(), row, column),
                     zeros_.data()[scale_index(shape_, row, column)]);
@@ -215,13 +233,13 @@ class Problem {
   }
 
   bool report(const std::string& name, const char* what) {
-    std::printf("FAILED %s: %s: format %d m %d n %d k %d group %d x_stride %d %s %s%s%s%s%s "
-                "activation %d shift %d\n",
-                name.c_str(), what, int(c_.format), int(c_.m), int(c_.n), int(c_.k),
-                int(c_.group_size), int(c_.x_stride), c_.integer ? "integer" : "float",
-                c_.bf16 ? "bf16" : "fp32", c_.gated ? " gated" : "", c_.bias ? " bias" : "",
-                c_.residual ? " residual" : "", c_.broken ? " broken" : "", c_.activation,
-                c_.shift);
+    std::printf(
+        "FAILED %s: %s: format %d m %d n %d k %d group %d x_stride %d %s %s%s%s%s%s "
+        "activation %d shift %d\n",
+        name.c_str(), what, int(c_.format), int(c_.m), int(c_.n), int(c_.k), int(c_.group_size),
+        int(c_.x_stride), c_.integer ? "integer" : "float", c_.bf16 ? "bf16" : "fp32",
+        c_.gated ? " gated" : "", c_.bias ? " bias" : "", c_.residual ? " residual" : "",
+        c_.broken ? " broken" : "", c_.activation, c_.shift);
     return false;
   }
 

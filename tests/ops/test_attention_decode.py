@@ -178,6 +178,12 @@ def test_more_keys_and_queries_than_a_unit_has(features, dtype):
     check(*call, "native")
 
 
+def test_every_instruction_set(cpu_set):
+    for feature in ("plain", "int8", "fp8_scaled"):
+        check(*make_call((2, 8, 2, 2, 300, 40, 64), FEATURES[feature], torch.float32), "native")
+    check(*make_call((3, 4, 4, 1, 97, 64, 80), {}, torch.bfloat16), "native")
+
+
 def test_any_number_of_threads_gives_the_same_bits():
     tensors, options = make_call((2, 6, 2, 3, 700, 64, 64), {}, torch.float32)
     threads = torch.get_num_threads()
