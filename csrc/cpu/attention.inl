@@ -6,8 +6,37 @@
 
 constexpr int64_t kBlockQ = 48, kBlockK = 256;
 
-// Rows [begin, begin + rows) of x, each `columns` long, times `scale`, padded with zeros to
-// `width`.
+// What the products read of a T, and how many elements of T that is.
+template <typename T>
+struct OperandOf {
+  using Type = float;
+};
+#if defined(LLMOS_BF16_DOT)
+template <>
+struct OperandOf<bf16> {
+  using Type = Pair;
+};
+#endif
+template <typename E>
+constexpr int64_t elements_in = 1;
+template <>
+constexpr int64_t elements_in<Pair> = 2;
+
+LLMOS_INLINE int64_t count_of(int64_t elements, int64_t per) { return (elements + per - 1) / per; }
+
+// 16 operands from x on, of which `count` elements exist; the others are 0.
+template <typename E, typename T>
+LLMOS_INLINE auto load_operands(const T* x, int64_t count) {
+  if constexpr (elements_in<E> == 1) {
+    return load(x, count);
+  } else {
+    U pairs = {};
+    __builtin_memcpy(&pairs, x, (count < 2 * kLanes ? count : 2 * kLanes) * sizeof(T));
+    return pairs;
+  }
+}
+
+// `rows` rows of x, each `columns` long, times `scale`, padded with zeros to `width`.
 template <typename T>
 LLMOS_INLINE void gather_rows(const T* x, int64_t row_stride, int64_t rows, int64_t columns,
                               float scale, float* out, int64_t width) {
@@ -17,15 +46,98 @@ LLMOS_INLINE void gather_rows(const T* x, int64_t row_stride, int64_t rows, int6
             i < columns ? load(x + row * row_stride + i, columns - i) * scale : F{});
 }
 
-// The same rows transposed: out[column * kBlockK + row].
+// Pairs of bf16 take no scale: they would be rounded once more.
+LLMOS_INLINE void gather_rows(const bf16* x, int64_t row_stride, int64_t rows, int64_t columns,
+                              float, Pair* out, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row) {
+    __builtin_memset(out + row * width, 0, width * sizeof(Pair));
+    __builtin_memcpy(out + row * width, x + row * row_stride, columns * sizeof(bf16));
+  }
+}
+
+// The same rows as the second factor of a product whose k they are.
 template <typename T>
+LLMOS_INLINE void gather_factor(const T* x, int64_t row_stride, int64_t rows, int64_t columns,
+                                float* out, int64_t width) {
+  gather_rows(x, row_stride, rows, columns, 1.0f, out, width);
+}
+
+LLMOS_INLINE void gather_factor(const bf16* x, int64_t row_stride, int64_t rows, int64_t columns,
+                                Pair* out, int64_t width) {
+  for (int64_t row = 0; row < rows; row += 2)
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int64_t n = columns - i;
+      const bf16* first = x + row * row_stride + i;
+      const F low = n > 0 ? load(first, n) : F{};
+      const F high = n > 0 && row + 1 < rows ? load(first + row_stride, n) : F{};
+      const U pairs = as_bits(low) >> 16 | as_bits(high);
+      __builtin_memcpy(out + row / 2 * width + i, &pairs, sizeof pairs);
+    }
+}
+
+// Numbers as the first factor of a product, in their own place: pairs take half of it.
+LLMOS_INLINE void as_operands(float*, int64_t, float*) {}
+
+#if defined(LLMOS_BF16_DOT)
+LLMOS_INLINE void as_operands(float* x, int64_t n, Pair* out) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const auto narrow = _mm512_cvtneps_pbh((__m512)load(x + i));
+    __builtin_memcpy(out + i / 2, &narrow, sizeof narrow);
+  }
+}
+#endif
+
+// The same with its rows as k, for a first factor whose elements are one column apart.
+LLMOS_INLINE const float* rows_as_operands(const float* x, int64_t, int64_t, float*) { return x; }
+
+#if defined(LLMOS_BF16_DOT)
+LLMOS_INLINE const Pair* rows_as_operands(const float* x, int64_t rows, int64_t n, Pair* out) {
+  for (int64_t row = 0; row < rows; row += 2)
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const F low = load(x + row * kBlockK + i);
+      const F high = row + 1 < rows ? load(x + (row + 1) * kBlockK + i) : F{};
+      const U pairs = __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)low), U) |
+                      __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)high), U) << 16;
+      __builtin_memcpy(out + row / 2 * kBlockK + i, &pairs, sizeof pairs);
+    }
+  return out;
+}
+#endif
+
+// x[i][l] and x[l][i] change places where i and l differ in the bit `distance`.
+#define LLMOS_UPPER(l, distance) ((l) & (distance) ? 16 + (l) - (distance) : (l))
+#define LLMOS_LOWER(l, distance) ((l) & (distance) ? 16 + (l) : (l) + (distance))
+#define LLMOS_EXCHANGE(x, d)                                                   \
+  for (int i = 0; i < kLanes; ++i)                                             \
+    if (!(i & (d))) {                                                          \
+      const auto a = x[i], b = x[i + (d)];                                     \
+      x[i] = __builtin_shufflevector(a, b, LLMOS_LANES(LLMOS_UPPER, d));       \
+      x[i + (d)] = __builtin_shufflevector(a, b, LLMOS_LANES(LLMOS_LOWER, d)); \
+    }
+
+// The rows transposed, operand by operand: out[column * kBlockK + row]; whole vectors are written.
+template <typename E, typename T>
 LLMOS_INLINE void gather_columns(const T* x, int64_t row_stride, int64_t rows, int64_t columns,
-                                 float* out) {
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < columns; i += kLanes) {
-      const F lanes = load(x + row * row_stride + i, columns - i);
-      const int64_t n = columns - i < kLanes ? columns - i : kLanes;
-      for (int64_t lane = 0; lane < n; ++lane) out[(i + lane) * kBlockK + row] = lanes[lane];
+                                 E* out) {
+  constexpr int64_t per = elements_in<E>;
+  for (int64_t row = 0; row < rows; row += kLanes)
+    for (int64_t i = 0; i < columns; i += per * kLanes) {
+      decltype(load_operands<E>(x, 0)) square[kLanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane)
+        square[lane] = load_operands<E>(x + (row + lane) * row_stride + i,
+                                        row + lane < rows ? columns - i : 0);
+#pragma GCC unroll 16
+      LLMOS_EXCHANGE(square, 8)
+#pragma GCC unroll 16
+      LLMOS_EXCHANGE(square, 4)
+#pragma GCC unroll 16
+      LLMOS_EXCHANGE(square, 2)
+#pragma GCC unroll 16
+      LLMOS_EXCHANGE(square, 1)
+      const int64_t n = count_of(columns - i, per);
+      for (int64_t lane = 0; lane < kLanes && lane < n; ++lane)
+        __builtin_memcpy(out + (i / per + lane) * kBlockK + row, &square[lane], 64);
     }
 }
 
@@ -58,10 +170,14 @@ struct Head {
     return key < 0 ? 0 : key;
   }
 
-  // Turns the products of query q with keys [k0, k0 + n) into scores; -inf where hidden, up to the
-  // next whole vector. `slope`, where given, receives d(score)/d(product) of the softcap.
-  void finish_scores(int64_t q, int64_t k0, int64_t n, float* scores, float* slope) const {
+  // Turns the products of query q with keys [k0, k0 + n), which lack the factor `scale`, into
+  // scores; -inf where hidden, up to the next whole vector. `slope`, where given, receives
+  // d(score)/d(product) of the softcap.
+  void finish_scores(int64_t q, int64_t k0, int64_t n, float scale, float* scores,
+                     float* slope) const {
     const int64_t padded = round_up(n, kLanes);
+    if (scale != 1.0f)
+      for (int64_t i = 0; i < padded; i += kLanes) store(scores + i, load(scores + i) * scale);
     if (call.softcap > 0)
       for (int64_t i = 0; i < padded; i += kLanes) {
         const F t = tangent_hyperbolic(load(scores + i) / call.softcap);
@@ -100,15 +216,20 @@ struct Head {
 template <typename T>
 static void attention_forward_rows(const Head<T>& head, const AttentionForward& call,
                                    int64_t q_begin, int64_t q_end) {
-  const int64_t head_dim = call.head_dim, seq_k = head.sequence.length_k;
-  const int64_t width = round_up(head_dim, kLanes), width_v = round_up(call.head_dim_v, kLanes);
+  using E = typename OperandOf<T>::Type;
+  static_assert(sizeof(E) == sizeof(float), "scratch memory counts floats");
+  constexpr int64_t per = elements_in<E>, block_depth = kBlockK / per;
+  const float missing_scale = per == 1 ? 1.0f : call.scale;
+  const int64_t depth = count_of(call.head_dim, per), seq_k = head.sequence.length_k;
+  const int64_t width = round_up(depth, kLanes), width_v = round_up(call.head_dim_v, kLanes);
   const int64_t blocks = (seq_k + kBlockK - 1) / kBlockK;
-  float* keys =
-      thread_scratch().floats(blocks * kBlockK * (head_dim + width_v) +
+  float* memory =
+      thread_scratch().floats(blocks * (kBlockK * depth + block_depth * width_v) +
                               kBlockQ * (width + width_v + kBlockK) + 2 * kBlockQ + kBlockK);
-  float* values = keys + blocks * kBlockK * head_dim;
-  float* query = values + blocks * kBlockK * width_v;
-  float* out = query + kBlockQ * width;
+  E* keys = reinterpret_cast<E*>(memory);
+  E* values = keys + blocks * kBlockK * depth;
+  E* query = values + blocks * block_depth * width_v;
+  float* out = reinterpret_cast<float*>(query + kBlockQ * width);
   float* scores = out + kBlockQ * width_v;
   float* factors = scores + kBlockQ * kBlockK;
   float *top = factors + kBlockK, *total = top + kBlockQ;
@@ -119,10 +240,10 @@ static void attention_forward_rows(const Head<T>& head, const AttentionForward& 
   const int64_t key_begin = head.first_key(q_begin), key_end = head.last_key(q_end - 1);
   for (int64_t k0 = key_begin / kBlockK * kBlockK; k0 < key_end; k0 += kBlockK) {
     const int64_t n = seq_k - k0 < kBlockK ? seq_k - k0 : kBlockK;
-    gather_columns(key_rows + k0 * call.key_strides.row, call.key_strides.row, n, head_dim,
-                   keys + k0 * head_dim);
-    gather_rows(value_rows + k0 * call.value_strides.row, call.value_strides.row, n,
-                call.head_dim_v, 1.0f, values + k0 * width_v, width_v);
+    gather_columns(key_rows + k0 * call.key_strides.row, call.key_strides.row, n, call.head_dim,
+                   keys + k0 * depth);
+    gather_factor(value_rows + k0 * call.value_strides.row, call.value_strides.row, n,
+                  call.head_dim_v, values + k0 / per * width_v, width_v);
   }
   const T* query_rows = head.rows(call.query, call.query_strides, head.head, head.sequence.first_q);
   T* out_rows =
@@ -130,8 +251,8 @@ static void attention_forward_rows(const Head<T>& head, const AttentionForward& 
 
   for (int64_t q0 = q_begin; q0 < q_end; q0 += kBlockQ) {
     const int64_t rows = q_end - q0 < kBlockQ ? q_end - q0 : kBlockQ;
-    gather_rows(query_rows + q0 * call.query_strides.row, call.query_strides.row, rows, head_dim,
-                call.scale, query, width);
+    gather_rows(query_rows + q0 * call.query_strides.row, call.query_strides.row, rows,
+                call.head_dim, call.scale, query, width);
     for (int64_t i = 0; i < rows * width_v; i += kLanes) store(out + i, F{});
     for (int64_t i = 0; i < rows; ++i) {
       top[i] = -__builtin_inff();
@@ -140,11 +261,11 @@ static void attention_forward_rows(const Head<T>& head, const AttentionForward& 
     const int64_t first = head.first_key(q0), last = head.last_key(q0 + rows - 1);
     for (int64_t k0 = first / kBlockK * kBlockK; k0 < last; k0 += kBlockK) {
       const int64_t n = last - k0 < kBlockK ? last - k0 : kBlockK;
-      multiply_block(rows, n, head_dim, query, width, 1, keys + k0 * head_dim, kBlockK, scores,
-                     kBlockK, false);
+      multiply_block(rows, n, depth, query, width, 1, keys + k0 * depth, kBlockK, scores, kBlockK,
+                     false);
       for (int64_t i = 0; i < rows; ++i) {
         float* row = scores + i * kBlockK;
-        head.finish_scores(q0 + i, k0, n, row, nullptr);
+        head.finish_scores(q0 + i, k0, n, missing_scale, row, nullptr);
         F largest = splat(top[i]);
         for (int64_t j = 0; j < n; j += kLanes) largest = maximum(largest, load(row + j));
         const float new_top = maximum(largest);
@@ -159,14 +280,15 @@ static void attention_forward_rows(const Head<T>& head, const AttentionForward& 
           if (call.dropout.seed) weight *= load(factors + j);
           store(row + j, weight);
         }
+        as_operands(row, n, reinterpret_cast<E*>(row));
         total[i] = total[i] * decay + sum(sums);
         top[i] = new_top;
         if (decay != 1.0f)
           for (int64_t j = 0; j < width_v; j += kLanes)
             store(out + i * width_v + j, load(out + i * width_v + j) * decay);
       }
-      multiply_block(rows, call.head_dim_v, n, scores, kBlockK, 1, values + k0 * width_v, width_v,
-                     out, width_v, true);
+      multiply_block(rows, call.head_dim_v, count_of(n, per), reinterpret_cast<const E*>(scores),
+                     kBlockK, 1, values + k0 / per * width_v, width_v, out, width_v, true);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const bool empty = total[i] == 0.0f;
@@ -210,20 +332,28 @@ static void attention_forward_of(const AttentionForward& call) {
 template <typename T>
 static void attention_backward_head(const AttentionBackward& call, const Sequence& sequence,
                                     int64_t head_kv) {
+  using E = typename OperandOf<T>::Type;
+  constexpr int64_t per = elements_in<E>;
+  const float missing_scale = per == 1 ? 1.0f : call.scale;
   const int64_t head_dim = call.head_dim, head_dim_v = call.head_dim_v, seq_k = sequence.length_k;
   const int64_t width = round_up(head_dim, kLanes), width_v = round_up(head_dim_v, kLanes);
+  const int64_t depth = count_of(head_dim, per), depth_v = count_of(head_dim_v, per);
   const int64_t padded_k = round_up(seq_k, kBlockK);
-  float* keys =
-      thread_scratch().floats(padded_k * (2 * width + width_v + head_dim + head_dim_v) +
-                              kBlockQ * (2 * width + width_v + 2 * kBlockK) + 2 * kBlockK);
-  float* keys_transposed = keys + padded_k * width;
-  float* values_transposed = keys_transposed + padded_k * head_dim;
-  float* d_key = values_transposed + padded_k * head_dim_v;
+  float* memory =
+      thread_scratch().floats(padded_k * (2 * width + width_v + depth + depth_v) +
+                              kBlockQ * (3 * width + 2 * width_v + 2 * kBlockK) + 2 * kBlockK);
+  E* keys = reinterpret_cast<E*>(memory);
+  E* keys_transposed = keys + padded_k * width;
+  E* values_transposed = keys_transposed + padded_k * depth;
+  // query and d_out are first factors by rows, and second ones whose k the rows are
+  E* query = values_transposed + padded_k * depth_v;
+  E* query_factor = per == 1 ? query : query + kBlockQ * width;
+  E* d_out = query + 2 * kBlockQ * width;
+  E* d_out_factor = per == 1 ? d_out : d_out + kBlockQ * width_v;
+  float* d_key = reinterpret_cast<float*>(d_out + 2 * kBlockQ * width_v);
   float* d_value = d_key + padded_k * width;
-  float* query = d_value + padded_k * width_v;
-  float* d_query = query + kBlockQ * width;
-  float* d_out = d_query + kBlockQ * width;
-  float* scores = d_out + kBlockQ * width_v;
+  float* d_query = d_value + padded_k * width_v;
+  float* scores = d_query + kBlockQ * width;
   float* d_scores = scores + kBlockQ * kBlockK;
   float *factors = d_scores + kBlockQ * kBlockK, *slope = factors + kBlockK;
 
@@ -231,13 +361,13 @@ static void attention_backward_head(const AttentionBackward& call, const Sequenc
   const Head<T> any{call, sequence, head_kv * group, head_kv};
   const T* key_rows = any.rows(call.key, call.key_strides, head_kv, sequence.first_k);
   const T* value_rows = any.rows(call.value, call.value_strides, head_kv, sequence.first_k);
-  gather_rows(key_rows, call.key_strides.row, seq_k, head_dim, 1.0f, keys, width);
+  gather_factor(key_rows, call.key_strides.row, seq_k, head_dim, keys, width);
   for (int64_t k0 = 0; k0 < seq_k; k0 += kBlockK) {
     const int64_t n = seq_k - k0 < kBlockK ? seq_k - k0 : kBlockK;
     gather_columns(key_rows + k0 * call.key_strides.row, call.key_strides.row, n, head_dim,
-                   keys_transposed + k0 * head_dim);
+                   keys_transposed + k0 * depth);
     gather_columns(value_rows + k0 * call.value_strides.row, call.value_strides.row, n, head_dim_v,
-                   values_transposed + k0 * head_dim_v);
+                   values_transposed + k0 * depth_v);
   }
   for (int64_t i = 0; i < padded_k * (width + width_v); i += kLanes) store(d_key + i, F{});
 
@@ -253,20 +383,26 @@ static void attention_backward_head(const AttentionBackward& call, const Sequenc
                   call.scale, query, width);
       gather_rows(d_out_rows + q0 * call.d_out_strides.row, call.d_out_strides.row, rows,
                   head_dim_v, 1.0f, d_out, width_v);
+      if constexpr (per > 1) {
+        gather_factor(query_rows + q0 * call.query_strides.row, call.query_strides.row, rows,
+                      head_dim, query_factor, width);
+        gather_factor(d_out_rows + q0 * call.d_out_strides.row, call.d_out_strides.row, rows,
+                      head_dim_v, d_out_factor, width_v);
+      }
       for (int64_t i = 0; i < rows * width; i += kLanes) store(d_query + i, F{});
       const int64_t first = head.first_key(q0), last = head.last_key(q0 + rows - 1);
       for (int64_t k0 = first / kBlockK * kBlockK; k0 < last; k0 += kBlockK) {
         const int64_t n = last - k0 < kBlockK ? last - k0 : kBlockK;
-        multiply_block(rows, n, head_dim, query, width, 1, keys_transposed + k0 * head_dim, kBlockK,
+        multiply_block(rows, n, depth, query, width, 1, keys_transposed + k0 * depth, kBlockK,
                        scores, kBlockK, false);
-        multiply_block(rows, n, head_dim_v, d_out, width_v, 1, values_transposed + k0 * head_dim_v,
+        multiply_block(rows, n, depth_v, d_out, width_v, 1, values_transposed + k0 * depth_v,
                        kBlockK, d_scores, kBlockK, false);
         for (int64_t i = 0; i < rows; ++i) {
           float *row = scores + i * kBlockK, *d_row = d_scores + i * kBlockK;
           const int64_t number = head.row(q0 + i);
           const float lse = call.row_lse[number], delta = call.delta[number];
           const bool empty = lse == -__builtin_inff();
-          head.finish_scores(q0 + i, k0, n, row, slope);
+          head.finish_scores(q0 + i, k0, n, missing_scale, row, slope);
           if (call.dropout.seed) dropout_factors(call.dropout, number, k0, n, factors);
           for (int64_t j = 0; j < n; j += kLanes) {
             const F weight = empty ? F{} : exponential(load(row + j) - lse);
@@ -284,12 +420,19 @@ static void attention_backward_head(const AttentionBackward& call, const Sequenc
             store(d_row + j, gradient);
           }
         }
-        multiply_block(n, head_dim_v, rows, scores, 1, kBlockK, d_out, width_v,
+        // pairs of rows need half of the memory of scores: the other half is for d_scores
+        const int64_t row_pairs = count_of(rows, per);
+        const E* weights = rows_as_operands(scores, rows, n, reinterpret_cast<E*>(scores));
+        const E* gradients = rows_as_operands(d_scores, rows, n,
+                                              reinterpret_cast<E*>(scores) + kBlockQ / 2 * kBlockK);
+        for (int64_t i = 0; i < rows; ++i)
+          as_operands(d_scores + i * kBlockK, n, reinterpret_cast<E*>(d_scores + i * kBlockK));
+        multiply_block(n, head_dim_v, row_pairs, weights, 1, kBlockK, d_out_factor, width_v,
                        d_value + k0 * width_v, width_v, true);
-        multiply_block(n, head_dim, rows, d_scores, 1, kBlockK, query, width, d_key + k0 * width,
-                       width, true);
-        multiply_block(rows, head_dim, n, d_scores, kBlockK, 1, keys + k0 * width, width, d_query,
-                       width, true);
+        multiply_block(n, head_dim, row_pairs, gradients, 1, kBlockK, query_factor, width,
+                       d_key + k0 * width, width, true);
+        multiply_block(rows, head_dim, count_of(n, per), reinterpret_cast<const E*>(d_scores),
+                       kBlockK, 1, keys + k0 / per * width, width, d_query, width, true);
       }
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < head_dim; j += kLanes)
@@ -303,7 +446,8 @@ static void attention_backward_head(const AttentionBackward& call, const Sequenc
       const_cast<T*>(any.rows(call.d_value, call.d_value_strides, head_kv, sequence.first_k));
   for (int64_t k = 0; k < seq_k; ++k) {
     for (int64_t j = 0; j < head_dim; j += kLanes)
-      store(d_key_rows + k * call.d_key_strides.row + j, load(d_key + k * width + j), head_dim - j);
+      store(d_key_rows + k * call.d_key_strides.row + j,
+            load(d_key + k * width + j) * missing_scale, head_dim - j);
     for (int64_t j = 0; j < head_dim_v; j += kLanes)
       store(d_value_rows + k * call.d_value_strides.row + j, load(d_value + k * width_v + j),
             head_dim_v - j);

@@ -7,9 +7,6 @@ constexpr int64_t kUnitKeys = 256, kUnitRows = 64;
 // Lane l: a[l] + a[l + distance] where l has no such bit, else b[l] + b[l - distance].
 #define LLMOS_FOLD_OTHER(l, distance) ((l) & (distance) ? 16 + (l) - (distance) : (l) + (distance))
 #define LLMOS_FOLD_SAME(l, distance) ((l) & (distance) ? 16 + (l) : (l))
-#define LLMOS_LANES(f, d)                                                                   \
-  f(0, d), f(1, d), f(2, d), f(3, d), f(4, d), f(5, d), f(6, d), f(7, d), f(8, d), f(9, d), \
-      f(10, d), f(11, d), f(12, d), f(13, d), f(14, d), f(15, d)
 #define LLMOS_FOLD(a, b, d)                                         \
   (__builtin_shufflevector(a, b, LLMOS_LANES(LLMOS_FOLD_SAME, d)) + \
    __builtin_shufflevector(a, b, LLMOS_LANES(LLMOS_FOLD_OTHER, d)))

@@ -10,20 +10,12 @@
 #include "cpu/scratch.h"
 #include "cpu/target.h"
 
+#define LLMOS_AVX512
 LLMOS_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 namespace llmos {
 namespace avx512 {
 
-// 24 sums, 2 vectors of b and the broadcast element in 32 registers.
-constexpr int kTileRows = 12, kTileVectors = 2;
-
-#include "cpu/vector.inl"
-
-LLMOS_INLINE L multiply_even(U a, U b) { return (L)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
-
-LLMOS_INLINE I sign_extend(B x) { return (I)_mm512_cvtepi8_epi32((__m128i)x); }
-
-#include "cpu/kernels.inl"
+#include "cpu/avx512.inl"
 
 }  // namespace avx512
 

@@ -15,7 +15,8 @@ void refuse_outside(int64_t value, int64_t end, const char* what, const char* ra
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
-  static const Kernels* const tables[] = {&avx512_kernels, &avx2_kernels, &generic_kernels};
+  static const Kernels* const tables[] = {&avx512_bf16_kernels, &avx512_kernels, &avx2_kernels,
+                                          &generic_kernels};
 #else
   static const Kernels* const tables[] = {&generic_kernels};
 #endif

@@ -207,7 +207,7 @@ struct Kernels {
 
 extern const Kernels generic_kernels;
 #if defined(__x86_64__)
-extern const Kernels avx512_kernels, avx2_kernels;
+extern const Kernels avx512_bf16_kernels, avx512_kernels, avx2_kernels;
 #endif
 
 // std::invalid_argument, a ValueError of Python, unless 0 <= value < end.

@@ -21,7 +21,7 @@ namespace llmos {
 // integer = true:   the same with x replaced by s q, where, in fp32, for each group of k (a row for
 //                   kInt8), a = max(max_k |x[m, k]|, 1e-30), s = a / 127, q = round_half_even(
 //                   x (127 / a)); sums over a group are exact. A row with a non-finite x gives NaN.
-//                   kInt8, kInt4 and kInt4Asym only; k <= 131072.
+//                   kInt8, of k <= 131072, kInt4 and kInt4Asym only.
 // Every sum is taken in the order of k, by one thread: results do not depend on threads, nor, with
 // integer = true, on m.
 struct QuantMatmul {

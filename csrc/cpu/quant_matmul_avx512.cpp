@@ -7,6 +7,7 @@
 
 #include "cpu/quant_matmul_prelude.h"
 
+#define LLMOS_AVX512
 LLMOS_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
 
 #include "cpu/bf16.h"

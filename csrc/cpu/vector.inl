@@ -78,18 +78,25 @@ inline __attribute__((always_inline)) F rounded<float>(F x) {
   return x;
 }
 
-LLMOS_INLINE float sum(F x) {
-  float total = 0;
-  for (int half = kLanes / 2; half; half /= 2)  // pairwise: the error grows with log2(lanes)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  total = x[0];
-  return total;
+// Indices of shuffles for each lane l: what differs in the bit `distance` comes from the other one.
+#define LLMOS_LANES(f, d)                                                                   \
+  f(0, d), f(1, d), f(2, d), f(3, d), f(4, d), f(5, d), f(6, d), f(7, d), f(8, d), f(9, d), \
+      f(10, d), f(11, d), f(12, d), f(13, d), f(14, d), f(15, d)
+#define LLMOS_ACROSS(l, distance) ((l) ^ (distance))
+#define LLMOS_SWAPPED(x, d) __builtin_shufflevector(x, x, LLMOS_LANES(LLMOS_ACROSS, d))
+
+LLMOS_INLINE float sum(F x) {  // pairwise: the error grows with log2(lanes)
+  x += LLMOS_SWAPPED(x, 8);
+  x += LLMOS_SWAPPED(x, 4);
+  x += LLMOS_SWAPPED(x, 2);
+  return (x + LLMOS_SWAPPED(x, 1))[0];
 }
 
 LLMOS_INLINE float maximum(F x) {
-  float largest = x[0];
-  for (int i = 1; i < kLanes; ++i) largest = largest > x[i] ? largest : x[i];
-  return largest;
+  x = maximum(x, LLMOS_SWAPPED(x, 8));
+  x = maximum(x, LLMOS_SWAPPED(x, 4));
+  x = maximum(x, LLMOS_SWAPPED(x, 2));
+  return maximum(x, LLMOS_SWAPPED(x, 1))[0];
 }
 
 LLMOS_INLINE F first_lanes(F x, int64_t n, float other) {
@@ -97,7 +104,28 @@ LLMOS_INLINE F first_lanes(F x, int64_t n, float other) {
   return select(index < (I{} + int32_t(n < kLanes ? n : kLanes)), x, splat(other));
 }
 
+LLMOS_INLINE F exponential_near_0(F r) {  // |r| <= log(2) / 2
+  F p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return p * r * r + r + 1.0f;
+}
+
 // exp(x) within 2 ulp; 0 below -87.3 (no subnormals), infinity above 88.7.
+#if defined(LLMOS_AVX512)  // from files whose target region has it
+LLMOS_INLINE F exponential(F x) {
+  // min gives its second operand where one is NaN
+  const F top = (F)_mm512_min_ps((__m512)splat(89.0f), (__m512)x);
+  const F n = (F)_mm512_roundscale_ps((__m512)(top * 1.44269504f), _MM_FROUND_TO_NEAREST_INT);
+  const F r = (top - n * 0.693359375f) - n * -2.12194440e-4f;
+  const F p = exponential_near_0(r);
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-87.3f), _CMP_NLT_UQ);
+  return (F)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+}
+#else
 LLMOS_INLINE F exponential(F x) {
   const F clamped =
       select(x < splat(-87.3f), splat(-87.3f), select(x > splat(88.72f), splat(88.72f), x));
@@ -105,13 +133,7 @@ LLMOS_INLINE F exponential(F x) {
   const F shifted = clamped * 1.44269504f + magic;
   const F n = shifted - magic;
   const F r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-  F p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  const F p = exponential_near_0(r);
   // 2^n in two steps, because n = 128 has no fp32 of its own
   const I whole = __builtin_convertvector(n, I);
   const I half = whole >> 1;
@@ -120,6 +142,7 @@ LLMOS_INLINE F exponential(F x) {
                           select(x > splat(88.72f), splat(__builtin_inff()), scaled));
   return select(x != x, x, result);
 }
+#endif
 
 LLMOS_INLINE F sigmoid(F x) { return 1.0f / (1.0f + exponential(-x)); }
 

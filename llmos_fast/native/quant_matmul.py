@@ -231,7 +231,8 @@ def unsupported(
         return "computes in fp32: it needs float32, bfloat16 or float16, got float64"
     integer = rounds_activations(qweight.scheme)
     if x.is_cpu:
-        if integer and x.shape[-1] > _MAX_INTEGER_K:
+        whole_rows = format_of(qweight.scheme) == "int8"
+        if integer and whole_rows and x.shape[-1] > _MAX_INTEGER_K:
             return f"sums in int32: it needs K <= {_MAX_INTEGER_K}, got {x.shape[-1]}"
         return None
     if x.device.type != "cuda":
