@@ -7,6 +7,7 @@
 #include "cpu/activation.inl"
 #include "cpu/rotary.inl"
 #include "cpu/cross_entropy.inl"
+#include "cpu/operands.inl"
 #include "cpu/attention.inl"
 #include "cpu/narrow.inl"
 #include "cpu/attention_decode.inl"

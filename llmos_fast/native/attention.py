@@ -15,6 +15,7 @@ from llmos_fast.native.common import (
     dropout_arguments,
     dtype_code,
     refusal,
+    rows_contiguous,
 )
 from llmos_fast.reference import attention as definition
 
@@ -117,10 +118,6 @@ def _check_cumulative(argument: str, lengths: Tensor, total: int) -> None:
         raise ValueError(f"attention: {argument} must {rule}, got {values}")
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
 def _strides(x: Tensor) -> tuple[int, ...]:
     """(batch, head, row, column) of [batch heads row column], or of packed [row heads column]."""
     if x.dim() == 4:
@@ -146,7 +143,7 @@ class _Call:
         sinks: Tensor | None, causal: str, left: int, right: int, softcap: float, p: float,
         seed: Tensor | None, scale: float,
     ):  # fmt: skip
-        query, key, value = (_rows_contiguous(t) for t in (query, key, value))
+        query, key, value = (rows_contiguous(t) for t in (query, key, value))
         bias, alibi, sinks = (
             None if t is None else t.detach().float() for t in (bias, alibi, sinks)
         )
@@ -311,7 +308,7 @@ def _backward_cpu(
         query, key, value, mask, bias, lengths, cu_q, cu_k, alibi, sinks, causal, left, right,
         softcap, p, seed, scale,
     )  # fmt: skip
-    d_out = _rows_contiguous(d_out)
+    d_out = rows_contiguous(d_out)
     delta = (d_out.float() * out.float()).sum(-1)
     if query.dim() == 3:
         delta = delta.transpose(0, 1)

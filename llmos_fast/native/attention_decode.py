@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 from llmos_fast.library import register
-from llmos_fast.native.common import _C, address, dtype_code, refusal
-
-CACHES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
-NO_STRIDES = (0, 0, 0, 0)
+from llmos_fast.native.common import (
+    _C,
+    CACHE_CODES,
+    NO_STRIDES,
+    address,
+    dtype_code,
+    refusal,
+    rows_contiguous,
+)
 
 
 def unsupported(*, query: Tensor, **_: object) -> str | None:
@@ -47,11 +52,6 @@ def forward(
         window[0],
         softcap,
     )
-
-
-def rows_contiguous(x: Tensor) -> Tensor:
-    """``x``, or a copy whose rows are contiguous."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _vector(x: Tensor | None) -> Tensor | None:
@@ -120,7 +120,7 @@ def _forward_cpu(
         slopes.shape[1] if slopes is not None and slopes.dim() == 2 else 0,
         window_left,
         dtype_code(query.dtype),
-        CACHES[keys.dtype],
+        CACHE_CODES[keys.dtype],
         scale,
         softcap,
     )

@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 from llmos_fast.library import register
-from llmos_fast.native.attention_decode import CACHES, NO_STRIDES, rows_contiguous
-from llmos_fast.native.common import _C, address, dtype_code, refusal
+from llmos_fast.native.common import (
+    _C,
+    CACHE_CODES,
+    NO_STRIDES,
+    address,
+    dtype_code,
+    refusal,
+    rows_contiguous,
+)
 
 
 def unsupported(
@@ -85,7 +92,7 @@ def _write_cpu(
         (batch, heads, seq, head_dim, head_dim_v),
         (pages, page_size, 1 if table is None else table.shape[1]),
         dtype_code(key.dtype),
-        CACHES[key_cache.dtype],
+        CACHE_CODES[key_cache.dtype],
     )
 
 

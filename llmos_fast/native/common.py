@@ -9,10 +9,26 @@ from torch import Tensor
 import llmos_fast._C as _C
 from llmos_fast.dropout import keep_scale, threshold
 from llmos_fast.library import refusal_of_transforms
+from llmos_fast.quantize import FORMATS, SCHEMES, format_of
 
-__all__ = ["_C", "address", "dropout_arguments", "dtype_code", "refusal"]
+__all__ = [
+    "CACHE_CODES",
+    "FORMAT_CODES",
+    "NO_STRIDES",
+    "_C",
+    "address",
+    "dropout_arguments",
+    "dtype_code",
+    "refusal",
+    "rows_contiguous",
+]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+# CacheType of csrc/cpu/kernels.h
+CACHE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
+# WeightFormat of csrc/quant_formats.h
+FORMAT_CODES = {scheme: FORMATS.index(format_of(scheme)) for scheme in SCHEMES}
+NO_STRIDES = (0, 0, 0, 0)
 
 
 def dtype_code(dtype: torch.dtype) -> int:
@@ -23,6 +39,11 @@ def dtype_code(dtype: torch.dtype) -> int:
 def address(tensor: Tensor | None) -> int:
     """Where the data begin; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """``x``, or a copy whose rows are contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def dropout_arguments(seed: Tensor | None, p: float) -> tuple[int, int, float]:

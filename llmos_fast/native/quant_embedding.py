@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from llmos_fast.library import refusal_of_transforms, register
-from llmos_fast.native.common import _C, address, dtype_code
-from llmos_fast.native.quant_matmul import FORMAT_CODES
+from llmos_fast.native.common import _C, FORMAT_CODES, address, dtype_code
 from llmos_fast.quantize import QuantizedWeight
 
 

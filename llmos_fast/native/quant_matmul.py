@@ -16,8 +16,8 @@ from llmos_fast.library import (
     refusal_of_transforms,
     register,
 )
-from llmos_fast.native.common import address, dtype_code
-from llmos_fast.quantize import FORMATS, SCHEMES, QuantizedWeight, format_of, rounds_activations
+from llmos_fast.native.common import FORMAT_CODES, address, dtype_code
+from llmos_fast.quantize import SCHEMES, QuantizedWeight, format_of, rounds_activations
 from llmos_fast.reference.quant_matmul import finish
 
 try:
@@ -30,8 +30,6 @@ _ACTIVATIONS = {"": -1, "relu": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "silu"
 _MAX_INTEGER_K = 131072
 
 
-# what a scheme's name means to the kernels
-FORMAT_CODES = {scheme: FORMATS.index(format_of(scheme)) for scheme in SCHEMES}
 _ROUNDS = {scheme: rounds_activations(scheme) for scheme in SCHEMES}
 
 

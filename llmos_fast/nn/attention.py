@@ -15,7 +15,6 @@ from llmos_fast.nn.layout import UNBATCHED, batch_and_length, from_heads, layout
 from llmos_fast.nn.masks import Given, Masks
 from llmos_fast.nn.positions import rotary_tables
 
-
 # up to here one pass over the keys for each query beats the blocks of a long product
 _FEW_QUERIES = 16
 

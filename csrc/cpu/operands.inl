@@ -1,0 +1,139 @@
+// What the products of attention read: fp32, or pairs of bf16 where the CPU multiplies these; rows,
+// columns and results of a block, laid out so that multiply_block streams them.
+
+constexpr int64_t kBlockQ = 48, kBlockK = 256;  // queries and keys of a block
+
+// What the products read of a T, and how many elements of T that is.
+template <typename T>
+struct OperandOf {
+  using Type = float;
+};
+#if defined(LLMOS_BF16_DOT)
+template <>
+struct OperandOf<bf16> {
+  using Type = Pair;
+};
+#endif
+template <typename E>
+constexpr int64_t elements_in = 1;
+template <>
+constexpr int64_t elements_in<Pair> = 2;
+
+LLMOS_INLINE int64_t count_of(int64_t elements, int64_t per) { return (elements + per - 1) / per; }
+
+// 16 operands from x on, of which `count` elements exist; the others are 0.
+template <typename E, typename T>
+LLMOS_INLINE auto load_operands(const T* x, int64_t count) {
+  if constexpr (elements_in<E> == 1) {
+    return load(x, count);
+  } else {
+    U pairs = {};
+    __builtin_memcpy(&pairs, x, (count < 2 * kLanes ? count : 2 * kLanes) * sizeof(T));
+    return pairs;
+  }
+}
+
+// `rows` rows of x, each `columns` long, times `scale`, padded with zeros to `width`.
+template <typename T>
+LLMOS_INLINE void gather_rows(const T* x, int64_t row_stride, int64_t rows, int64_t columns,
+                              float scale, float* out, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < width; i += kLanes)
+      store(out + row * width + i,
+            i < columns ? load(x + row * row_stride + i, columns - i) * scale : F{});
+}
+
+// Pairs of bf16 take no scale: they would be rounded once more.
+LLMOS_INLINE void gather_rows(const bf16* x, int64_t row_stride, int64_t rows, int64_t columns,
+                              float, Pair* out, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row) {
+    __builtin_memset(out + row * width, 0, width * sizeof(Pair));
+    __builtin_memcpy(out + row * width, x + row * row_stride, columns * sizeof(bf16));
+  }
+}
+
+// The same rows as the second factor of a product whose k they are.
+template <typename T>
+LLMOS_INLINE void gather_factor(const T* x, int64_t row_stride, int64_t rows, int64_t columns,
+                                float* out, int64_t width) {
+  gather_rows(x, row_stride, rows, columns, 1.0f, out, width);
+}
+
+LLMOS_INLINE void gather_factor(const bf16* x, int64_t row_stride, int64_t rows, int64_t columns,
+                                Pair* out, int64_t width) {
+  for (int64_t row = 0; row < rows; row += 2)
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int64_t n = columns - i;
+      const bf16* first = x + row * row_stride + i;
+      const F low = n > 0 ? load(first, n) : F{};
+      const F high = n > 0 && row + 1 < rows ? load(first + row_stride, n) : F{};
+      const U pairs = as_bits(low) >> 16 | as_bits(high);
+      __builtin_memcpy(out + row / 2 * width + i, &pairs, sizeof pairs);
+    }
+}
+
+// Numbers as the first factor of a product, in their own place: pairs take half of it.
+LLMOS_INLINE void as_operands(float*, int64_t, float*) {}
+
+#if defined(LLMOS_BF16_DOT)
+LLMOS_INLINE void as_operands(float* x, int64_t n, Pair* out) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const auto narrow = _mm512_cvtneps_pbh((__m512)load(x + i));
+    __builtin_memcpy(out + i / 2, &narrow, sizeof narrow);
+  }
+}
+#endif
+
+// The same with its rows as k, for a first factor whose elements are one column apart.
+LLMOS_INLINE const float* rows_as_operands(const float* x, int64_t, int64_t, float*) { return x; }
+
+#if defined(LLMOS_BF16_DOT)
+LLMOS_INLINE const Pair* rows_as_operands(const float* x, int64_t rows, int64_t n, Pair* out) {
+  for (int64_t row = 0; row < rows; row += 2)
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const F low = load(x + row * kBlockK + i);
+      const F high = row + 1 < rows ? load(x + (row + 1) * kBlockK + i) : F{};
+      const U pairs = __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)low), U) |
+                      __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)high), U) << 16;
+      __builtin_memcpy(out + row / 2 * kBlockK + i, &pairs, sizeof pairs);
+    }
+  return out;
+}
+#endif
+
+// x[i][l] and x[l][i] change places where i and l differ in the bit `distance`.
+#define LLMOS_UPPER(l, distance) ((l) & (distance) ? 16 + (l) - (distance) : (l))
+#define LLMOS_LOWER(l, distance) ((l) & (distance) ? 16 + (l) : (l) + (distance))
+#define LLMOS_EXCHANGE(x, d)                                                   \
+  for (int i = 0; i < kLanes; ++i)                                             \
+    if (!(i & (d))) {                                                          \
+      const auto a = x[i], b = x[i + (d)];                                     \
+      x[i] = __builtin_shufflevector(a, b, LLMOS_LANES(LLMOS_UPPER, d));       \
+      x[i + (d)] = __builtin_shufflevector(a, b, LLMOS_LANES(LLMOS_LOWER, d)); \
+    }
+
+// The rows transposed, operand by operand: out[column * kBlockK + row]; whole vectors are written.
+template <typename E, typename T>
+LLMOS_INLINE void gather_columns(const T* x, int64_t row_stride, int64_t rows, int64_t columns,
+                                 E* out) {
+  constexpr int64_t per = elements_in<E>;
+  for (int64_t row = 0; row < rows; row += kLanes)
+    for (int64_t i = 0; i < columns; i += per * kLanes) {
+      decltype(load_operands<E>(x, 0)) square[kLanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane)
+        square[lane] = load_operands<E>(x + (row + lane) * row_stride + i,
+                                        row + lane < rows ? columns - i : 0);
+#pragma GCC unroll 16
+      LLMOS_EXCHANGE(square, 8)
+#pragma GCC unroll 16
+      LLMOS_EXCHANGE(square, 4)
+#pragma GCC unroll 16
+      LLMOS_EXCHANGE(square, 2)
+#pragma GCC unroll 16
+      LLMOS_EXCHANGE(square, 1)
+      const int64_t n = count_of(columns - i, per);
+      for (int64_t lane = 0; lane < kLanes && lane < n; ++lane)
+        __builtin_memcpy(out + (i / per + lane) * kBlockK + row, &square[lane], 64);
+    }
+}
