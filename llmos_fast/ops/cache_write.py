@@ -84,14 +84,15 @@ def cache_write(
 
 
 def _check_storage(argument: str, cache: Tensor, scale: Tensor | None, key: Tensor) -> None:
-    rule = f"be {key.dtype}, as key, or int8"
-    valid = cache.dtype in (key.dtype, torch.int8)
-    check.require(valid, _OP, f"{argument}_cache", rule, cache.dtype)
-    on_device = cache.device == key.device
-    check.require(on_device, _OP, f"{argument}_cache", f"be on {key.device}", cache.device)
+    if cache.dtype not in (key.dtype, torch.int8):
+        rule = f"be {key.dtype}, as key, or int8"
+        check.require(False, _OP, f"{argument}_cache", rule, cache.dtype)
+    if cache.device != key.device:
+        check.require(False, _OP, f"{argument}_cache", f"be on {key.device}", cache.device)
     if cache.dtype != torch.int8:
-        rule = "be given for an int8 cache only"
-        check.require(scale is None, _OP, f"{argument}_scale", rule, cache.dtype)
+        if scale is not None:
+            rule = "be given for an int8 cache only"
+            check.require(False, _OP, f"{argument}_scale", rule, cache.dtype)
         return
     if scale is None:
         check.require(False, _OP, f"{argument}_scale", "be given for an int8 cache", None)
