@@ -85,11 +85,13 @@ def _sample_calls(device: str) -> dict[str, Callable[[], list[Refusal]]]:
 
     heads = x(1, 2, 4, 8)
     target = torch.zeros(4, dtype=torch.int64, device=device)
+    weight = quantize(torch.ones(16, 32), "int8").to(device)
     lengths = torch.full((1,), 4, device=device)
     return {
         "attention": lambda: explain(ops.attention, heads, heads, heads, causal=True),
         "attention_decode": lambda: explain(ops.attention_decode, heads, heads, heads, lengths),
         "attention_weights": lambda: explain(ops.attention_weights, heads, heads, heads),
+        "cache_write": lambda: explain(ops.cache_write, heads, heads, heads, heads, lengths),
         "ffn": lambda: explain(ops.ffn, x(4, 8), x(16, 8), x(16), x(8, 16), x(8)),
         "gated_ffn": lambda: explain(ops.gated_ffn, x(4, 8), x(16, 8), x(16, 8), x(8, 16)),
         "add_norm": lambda: explain(ops.add_norm, x(4, 8), x(4, 8), x(8), x(8)),
@@ -99,9 +101,8 @@ def _sample_calls(device: str) -> dict[str, Callable[[], list[Refusal]]]:
         "linear_cross_entropy": lambda: explain(
             ops.linear_cross_entropy, x(4, 8), x(16, 8), target
         ),
-        "quant_matmul": lambda: explain(
-            ops.quant_matmul, x(4, 32), quantize(torch.ones(16, 32), "int8").to(device)
-        ),
+        "quant_embedding": lambda: explain(ops.quant_embedding, target, weight),
+        "quant_matmul": lambda: explain(ops.quant_matmul, x(4, 32), weight),
     }
 
 
