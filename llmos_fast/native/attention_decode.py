@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def forward(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_lengths: Tensor,
+    cache_lengths: Tensor | None,
     block_table: Tensor | None,
     scale: float,
     window: tuple[int, int],
@@ -37,7 +39,7 @@ def forward(
     key_scale: Tensor | None,
     value_scale: Tensor | None,
 ) -> Tensor:
-    """See llmos_fast.ops.attention_decode."""
+    """See llmos_fast.ops.attention_decode; no ``cache_lengths`` means that the caches are full."""
     return _attention_decode(  # type: ignore[no-any-return]
         query,
         key_cache,
@@ -72,11 +74,17 @@ def _empty_out(query: Tensor, value_cache: Tensor) -> Tensor:
     return query.new_empty(batch, seq, heads, value_cache.shape[-1]).transpose(1, 2)
 
 
+@lru_cache(maxsize=64)
+def _full_lengths(batch: int, capacity: int) -> Tensor:
+    """Int64[batch], read only, so it may serve every call of that shape."""
+    return torch.full((batch,), capacity)
+
+
 def _forward_cpu(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_lengths: Tensor,
+    cache_lengths: Tensor | None,
     block_table: Tensor | None,
     key_scale: Tensor | None,
     value_scale: Tensor | None,
@@ -87,6 +95,8 @@ def _forward_cpu(
     softcap: float,
 ) -> Tensor:
     query, keys, values = (rows_contiguous(x) for x in (query, key_cache, value_cache))
+    if cache_lengths is None:
+        cache_lengths = _full_lengths(keys.shape[0], keys.shape[2])
     lengths = cache_lengths.contiguous()
     table = None if block_table is None else block_table.contiguous()
     key_scale, key_scale_strides = _row_scale(key_scale, keys)
@@ -132,7 +142,7 @@ def _forward_fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: obj
 
 
 _attention_decode = register(
-    "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_lengths, "
+    "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? cache_lengths, "
     "Tensor? block_table, Tensor? key_scale, Tensor? value_scale, Tensor? sinks, "
     "Tensor? alibi_slopes, float scale, int window_left, float softcap) -> Tensor",
     _forward_cpu,

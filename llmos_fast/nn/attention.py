@@ -15,9 +15,6 @@ from llmos_fast.nn.layout import UNBATCHED, batch_and_length, from_heads, layout
 from llmos_fast.nn.masks import Given, Masks
 from llmos_fast.nn.positions import rotary_tables
 
-# up to here one pass over the keys for each query beats the blocks of a long product
-_FEW_QUERIES = 16
-
 
 class QuantizeWeight(Protocol):
     """Makes a callable module of a weight [out_features in_features] and a bias."""
@@ -380,11 +377,6 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
         k, v, masks, window = self._with_extra_keys(q, k, v, masks)
-        if self._decodes(q, k, v, masks, window):
-            lengths = masks.key_lengths
-            if lengths is None:
-                lengths = torch.full(q.shape[:1], k.shape[2], dtype=torch.int32, device=q.device)
-            return ops.attention_decode(q, k, v, lengths, window=window)
         return ops.attention(  # type: ignore[return-value]
             q,
             k,
@@ -397,22 +389,6 @@ class MultiheadAttention(nn.MultiheadAttention):
             window=window,
             dropout_p=self._dropout_p,
         )
-
-    def _decodes(
-        self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, window: tuple[int, int] | None
-    ) -> bool:
-        """Whether the few queries are the last positions of the keys, as ``attention_decode`` is.
-
-        One query that sees all keys may be taken for the last one.
-        """
-        if q.dim() != 4 or not 0 < q.shape[2] <= _FEW_QUERIES or self._dropout_p > 0:
-            return False
-        if masks.mask is not None or masks.bias is not None or masks.packed is not None:
-            return False
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-            return False
-        sees_all = q.shape[2] == 1 and not masks.causal and window is None
-        return sees_all or masks.causal == "bottom_right"
 
     def _attend_with_weights(
         self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, average: bool
