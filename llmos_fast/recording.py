@@ -31,6 +31,10 @@ _EMPTY = {
 }
 
 
+# what kernels make for themselves and only read; torch.tensor ends with detach_
+_CONSTANTS = {torch.ops.aten.full.default, torch.ops.aten.detach_.default}
+
+
 class Captured:
     """What ``capture`` returns; call it as the function.
 
@@ -107,17 +111,21 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._alive: list[Tensor] = []
+        self._inside_kernel = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kernel = KERNELS.get(func)
         if kernel is not None:
+            self._inside_kernel = True
             with self:
                 out = kernel(*args, **(kwargs or {}))
+            self._inside_kernel = False
         else:
             out = func(*args, **(kwargs or {}))
-            if func not in _EMPTY and not _is_view(func, args, out):
+            constant = self._inside_kernel and func in _CONSTANTS
+            if not (constant or func in _EMPTY or _is_view(func, args, out)):
                 rule = "function must consist of native ops, views and empty tensors"
                 raise ValueError(f"capture: {rule}, got {func}")
         self._alive += _tensors((args, out))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmos_fast import capture, ops, quantize
+from llmos_fast import capture, native, ops, quantize
 from llmos_fast.testing import random
 
 
@@ -88,6 +88,16 @@ def test_every_temporary_lives_as_long_as_the_capture():
         garbage = [torch.full((2, 64), torch.nan) for _ in range(200)]
         assert torch.equal(captured(x), expected)
     assert len(garbage) == 200
+
+
+@pytest.mark.parametrize("seq_q", [1, 9])
+def test_attention_is_captured_whatever_was_called_before(seq_q):
+    query, key, value = random(2, 4, seq_q, 16), random(2, 2, 23, 16), random(2, 2, 23, 16)
+    expected = ops.attention(query, key, value)
+    native.attention._dense_sequences.cache_clear()
+    native.attention_decode._full_lengths.cache_clear()
+    captured = capture(ops.attention, random(2, 4, seq_q, 16), key, value)
+    assert torch.equal(captured(query, key, value), expected)
 
 
 def test_lookups_are_captured_and_checked_at_each_replay():
