@@ -340,7 +340,10 @@ def test_window_without_a_mask(seq_q, is_causal):
     mask = (near & (distance <= 0) if is_causal else near)[-seq_q:]
     layer = Layer(is_causal)
     ours, _ = huggingface.attention_forward(layer, *tensors, None, sliding_window=3)
-    assert torch.equal(ours, huggingface.attention_forward(layer, *tensors, mask)[0])
+    # a single query takes another kernel with a window than with a mask
+    masked, _ = huggingface.attention_forward(layer, *tensors, mask)
+    truth, _ = huggingface.attention_forward(layer, *(t.double() for t in tensors), mask)
+    assert_close_to_truth(ours, masked, truth, reduction=6 * tensors[0].shape[-1])
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
