@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmos_fast.library import differentiable, register
+from llmos_fast.ops import check
 
 from .attention_arguments import rows
 from .launch import unless_forced
@@ -166,6 +167,8 @@ def forward(
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """See llmos_fast.ops.rotary."""
+    if positions is not None:
+        check.rows_exist("rotary", "positions", positions, cos.shape[0], "cos")
     if inplace:
         _rotary_inplace(query, key, cos, sin, positions, interleaved)
         return query, key

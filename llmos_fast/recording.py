@@ -118,10 +118,11 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kernel = KERNELS.get(func)
         if kernel is not None:
-            self._inside_kernel = True
+            # one kernel may call another
+            outer, self._inside_kernel = self._inside_kernel, True
             with self:
                 out = kernel(*args, **(kwargs or {}))
-            self._inside_kernel = False
+            self._inside_kernel = outer
         else:
             out = func(*args, **(kwargs or {}))
             constant = self._inside_kernel and func in _CONSTANTS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,17 +61,8 @@ def _lookup_cpu(
     return out
 
 
-def _lookup_fake(
-    ids: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    scheme: str,
-    group_size: int,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _lookup_fake(ids: Tensor, *rest: Any) -> Tensor:
+    *_, columns, dtype = rest
     return ids.new_empty((*ids.shape, columns), dtype=dtype)
 
 

@@ -56,6 +56,16 @@ def probability(op: str, argument: str, value: float) -> None:
     require(0.0 <= value <= 1.0, op, argument, "be in [0, 1]", value)
 
 
+def rows_exist(op: str, argument: str, rows: Tensor, end: int, table: str) -> None:
+    """``rows`` are in [0, end), the rows of ``table``; unseen where a device must be awaited."""
+    if not rows.is_cpu or rows.numel() == 0 or torch.compiler.is_compiling():
+        return
+    wrong = rows[(rows < 0) | (rows >= end)]
+    if wrong.numel():
+        rule = f"be in [0, {end}), the rows of {table}"
+        require(False, op, argument, rule, wrong[0].item())
+
+
 def no_gradient(op: str, instead: str, **tensors: Tensor | None) -> None:
     """Where grad mode is on, no tensor requires gradients; ``instead`` says what to do."""
     if not torch.is_grad_enabled():

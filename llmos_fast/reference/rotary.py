@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from llmos_fast.ops import check
 from llmos_fast.reference.precision import upcast
 
 
@@ -22,22 +23,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See llmos_fast.ops.rotary."""
     if positions is not None:
-        _check_range(positions, cos.shape[0])
+        check.rows_exist("rotary", "positions", positions, cos.shape[0], "cos")
         cos, sin = cos[positions], sin[positions]
     # [batch, 1, seq, rotary_dim / 2], or [seq, rotary_dim / 2]
     cos, sin = (t.unsqueeze(-3) if t.dim() == 3 else t for t in (cos, sin))
     turned = _rotate(query, cos, sin, interleaved), _rotate(key, cos, sin, interleaved)
     return (query.copy_(turned[0]), key.copy_(turned[1])) if inplace else turned
-
-
-def _check_range(positions: Tensor, rows: int) -> None:
-    # elsewhere it would wait for the device
-    if not positions.is_cpu or positions.numel() == 0 or torch.compiler.is_compiling():
-        return
-    wrong = positions[(positions < 0) | (positions >= rows)]
-    if wrong.numel():
-        rule = f"be in [0, {rows}), the rows of cos"
-        raise ValueError(f"rotary: positions must {rule}, got {wrong[0].item()}")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -255,3 +255,15 @@ def test_shapes_under_fake_tensors():
     assert out.is_contiguous()
     assert out.dtype == torch.bfloat16
     assert none.numel() == 0
+
+
+@pytest.mark.parametrize("impl", ["native", "triton", "reference"])
+@pytest.mark.parametrize("bad", [-1, 9])
+def test_no_implementation_reads_beside_the_table(impl, bad):
+    tensors, options = call()
+    positions = torch.zeros(9, dtype=torch.int64)
+    positions[5] = bad
+    with pytest.raises(
+        ValueError, match=rf"positions must be in \[0, 9\), the rows of cos, got {bad}"
+    ):
+        ops.rotary(**(tensors | options | {"positions": positions, "impl": impl}))
