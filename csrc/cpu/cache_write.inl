@@ -16,11 +16,8 @@ LLMOS_INLINE void write_row(const T* x, int64_t n, int8* out, float* scale) {
   }
   *scale = maximum(largest) / 127.0f + sum(invalid);
   const float factor = *scale > 0.0f ? 127.0f / maximum(largest) : 0.0f;
-  const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, ties to even
   for (int64_t i = 0; i < n; i += kLanes) {
-    F product = factor > 0.0f ? load(x + i, n - i) * factor : F{};
-    asm("" : "+m"(product));  // rounded by itself, not in one step with the sum
-    const I integers = __builtin_convertvector(product + magic - magic, I);
+    const I integers = nearest_integers(factor > 0.0f ? load(x + i, n - i) * factor : F{});
     for (int64_t lane = 0; lane < kLanes && i + lane < n; ++lane)
       out[i + lane].value = int8_t(integers[lane]);
   }

@@ -35,11 +35,7 @@ using Bytes = int8_t __attribute__((vector_size(16)));
 
 // Nearest integers, half to even, their low bytes, and all lanes in one.
 struct PlainRounding {
-  static lanes::I round(lanes::F x) {
-    asm("" : "+m"(x));  // a product before it is rounded by itself, not in one step with this sum
-    const lanes::F magic = lanes::splat(12582912.0f);  // 1.5 * 2^23: has no bits for fractions
-    return (lanes::I)(x + magic) - 0x4b400000;
-  }
+  static lanes::I round(lanes::F x) { return lanes::nearest_integers(x); }
   static Bytes narrow(lanes::I x) { return __builtin_convertvector(x, Bytes); }
   static uint32_t largest(lanes::U x) {
     uint32_t result = 0;

@@ -78,6 +78,12 @@ inline __attribute__((always_inline)) F rounded<float>(F x) {
   return x;
 }
 
+// Nearest integers, half to even, of |x| < 2^22.
+LLMOS_INLINE I nearest_integers(F x) {
+  asm("" : "+m"(x));  // a product before it is rounded by itself, not in one step with this sum
+  return (I)(x + 12582912.0f) - 0x4b400000;  // 1.5 * 2^23 has no bits for fractions
+}
+
 // Indices of shuffles for each lane l: what differs in the bit `distance` comes from the other one.
 #define LLMOS_LANES(f, d)                                                                   \
   f(0, d), f(1, d), f(2, d), f(3, d), f(4, d), f(5, d), f(6, d), f(7, d), f(8, d), f(9, d), \
