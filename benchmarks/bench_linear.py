@@ -1,6 +1,7 @@
 """The routed product and the loss beside torch's own."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmos_fast import ops, reference
+from llmos_fast import capture, ops, reference
 from llmos_fast.testing import assert_within_budget, random
 
 SHAPES = [(32, 128, 512), (1, 768, 3072), (256, 768, 3072), (1024, 768, 3072), (1024, 3072, 768)]
@@ -45,6 +46,54 @@ def bench_linear(compare, step, smoke, shape, dtype, direction):
         check=check,
         flops=(3 if train else 1) * 2 * rows * features * out,
         bytes=values[1].nbytes,
+        dtype=dtype,
+    )
+
+
+FEW_ROWS = [(64, 128), (768, 768), (768, 3072), (3072, 768), (2048, 5632), (5632, 2048)]
+FEW_ROWS += [(768, 50257), (2048, 32000)]  # in_features, out_features
+TOUCHED = 96 * 2**20  # bytes of weights in a run: three times a last-level cache of 32 MiB
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", FEW_ROWS, ids=str)
+@torch.no_grad()
+def bench_few_rows(compare, smoke, shape, dtype, rows):
+    """Decoding: weights come from memory, because a run goes through copies of them.
+
+    Ours is captured; ``calls``: the same from Python.
+    """
+    if smoke != (shape == FEW_ROWS[0]):
+        pytest.skip("the smallest weight is for smoke runs, and they are for it")
+    features, out = shape
+    x, weight = random(rows, features, dtype=dtype), random(out, features, dtype=dtype)
+    copies = 1 if smoke else math.ceil(TOUCHED / weight.nbytes)
+    weights = [weight.clone() for _ in range(copies)]
+
+    def check():
+        assert_within_budget(
+            ops.linear,
+            reference.linear,
+            {"x": x, "weight": weight},
+            impl="native",
+            reduction=features,
+        )
+
+    def all_of(function):
+        return lambda: [function(x, w) for w in weights]
+
+    peers = {"eager": all_of(F.linear)}
+    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        onednn = torch.ops.mkldnn._linear_pointwise
+        peers["onednn"] = all_of(lambda x, w: onednn(x, w, None, "none", [], ""))
+    compare(
+        capture(all_of(ops.linear)).replay,
+        peers,
+        baselines={"calls": all_of(ops.linear)},
+        check=check,
+        flops=copies * 2 * rows * features * out,
+        bytes=copies * weight.nbytes,
         dtype=dtype,
     )
 

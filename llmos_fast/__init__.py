@@ -1,8 +1,9 @@
 """llmos_fast: a fast Transformer engine for PyTorch, drop-in layers on kernels of its own."""
 
 from llmos_fast import ops, reference
+from llmos_fast.data import load_tokenizer
 from llmos_fast.dispatch import explain, use
-from llmos_fast.models import TransformerModel
+from llmos_fast.models import TransformerModel, load
 from llmos_fast.nn import (
     MultiheadAttention,
     QuantEmbedding,
@@ -40,6 +41,8 @@ __all__ = [
     "capture",
     "dequantize_",
     "explain",
+    "load",
+    "load_tokenizer",
     "ops",
     "quantize",
     "quantize_",

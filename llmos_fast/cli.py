@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
+from llmos_fast.commands.chat import chat
 from llmos_fast.commands.evaluate import evaluate
 from llmos_fast.commands.generate import generate
 from llmos_fast.commands.info import info
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quickstart, train, evaluate, generate, quantize, info):
+for command in (quickstart, train, evaluate, generate, chat, quantize, info):
     app.command()(command)
 
 

@@ -36,6 +36,7 @@ Source: NF4 from QLoRA (arXiv 2305.14314).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -289,26 +290,43 @@ def from_codes(
     return QuantizedWeight(codes.contiguous(), scales, zero_points, scheme, group, (n, k))
 
 
+def can_interleave(gate: QuantizedWeight, up: QuantizedWeight) -> bool:
+    """Whether ``interleave`` takes the two."""
+    same = (up.shape, up.scheme, up.group_size) == (gate.shape, gate.scheme, gate.group_size)
+    return same and gate.shape[0] % PANEL == 0 and format_of(gate.scheme) != "fp8"
+
+
 def interleave(gate: QuantizedWeight, up: QuantizedWeight) -> QuantizedWeight:
     """One weight whose panels are those of ``gate`` and ``up`` in turn, for a gated product.
 
-    Both (N, K) of one scheme and group size, N a multiple of 16; the result is (2 N, K).
+    Both (N, K) of one scheme and group size, N a multiple of 16, not fp8; the result is (2 N, K).
     """
+    if not can_interleave(gate, up):
+        raise ValueError(
+            f"interleave: gate and up must lie in panels and be alike, with a multiple of {PANEL} "
+            f"rows, got {gate.scheme} {gate.shape} in groups of {gate.group_size} and "
+            f"{up.scheme} {up.shape} in groups of {up.group_size}"
+        )
     n, k = gate.shape
-    if (up.shape, up.scheme, up.group_size) != (gate.shape, gate.scheme, gate.group_size):
-        raise ValueError(
-            f"interleave: up must be like gate, {gate.scheme} {gate.shape} in groups of "
-            f"{gate.group_size}, got {up.scheme} {up.shape} in groups of {up.group_size}"
-        )
-    if n % PANEL or format_of(gate.scheme) == "fp8":
-        raise ValueError(
-            f"interleave: gate must lie in panels and have a multiple of {PANEL} rows, "
-            f"got {gate.scheme} {gate.shape}"
-        )
     pairs = zip(gate.tensors().values(), up.tensors().values(), strict=True)
-    packed, scales, *zeros = (torch.stack(pair, dim=1).flatten(0, 1) for pair in pairs)
+    parts = (torch.stack(pair, dim=1).flatten(0, 1) for pair in pairs)
+    return _with_parts(gate, parts, (2 * n, k))
+
+
+def separate(pair: QuantizedWeight) -> tuple[QuantizedWeight, QuantizedWeight]:
+    """(gate, up) of what ``interleave`` made."""
+    n, k = pair.shape
+    panels = [part.unflatten(0, (-1, 2)).unbind(1) for part in pair.tensors().values()]
+    gate, up = ([part.contiguous() for part in parts] for parts in zip(*panels, strict=True))
+    return _with_parts(pair, gate, (n // 2, k)), _with_parts(pair, up, (n // 2, k))
+
+
+def _with_parts(
+    like: QuantizedWeight, parts: Iterable[Tensor], shape: tuple[int, int]
+) -> QuantizedWeight:
+    packed, scales, *zeros = parts
     zero_points = zeros[0] if zeros else None
-    return QuantizedWeight(packed, scales, zero_points, gate.scheme, gate.group_size, (2 * n, k))
+    return replace(like, packed=packed, scales=scales, zero_points=zero_points, shape=shape)
 
 
 def quantize(

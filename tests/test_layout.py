@@ -36,6 +36,8 @@ def test_every_op_has_its_row(op):
 
 # a folder and what its files may not import
 FORBIDDEN = {
+    "checkpoints": ("native", "kernels", "nn", "models", "data", "training", "generation"),
+    "data": ("native", "kernels", "nn", "models", "training", "generation"),
     "reference": ("native", "kernels", "nn", "models", "training", "generation"),
     "native": ("kernels", "nn", "models", "training", "generation"),
     "ops": ("native", "kernels", "nn", "models", "training", "generation"),

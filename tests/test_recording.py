@@ -100,6 +100,42 @@ def test_attention_is_captured_whatever_was_called_before(seq_q):
     assert torch.equal(captured(query, key, value), expected)
 
 
+def plain_step(dtype):
+    """Ops between ordinary weights; queries and keys are normalised and turned where they lie."""
+    norm, norm_bias, head_norm, qkv, gate, up, down = (
+        random(*shape, scale=0.2).to(dtype)
+        for shape in ((64,), (64,), (16,), (128, 64), (96, 64), (96, 64), (64, 96))
+    )
+    angles = torch.arange(9)[:, None] * 0.1 ** torch.linspace(0, 4, 8)
+    cos, sin = angles.cos(), angles.sin()
+
+    def step(x, positions):
+        normed, total = ops.add_norm(x, x, norm, norm_bias)
+        heads = ops.linear(normed, qkv).unflatten(-1, (8, 16)).transpose(1, 2)
+        query, key, value = heads.split((4, 2, 2), 1)
+        query, _ = ops.add_norm(query, None, head_norm, kind="rms")
+        key, _ = ops.add_norm(key, None, head_norm, kind="rms")
+        turned = ops.rotary(query, key, cos, sin, positions=positions)
+        strided = ops.rotary(value, value, cos, sin, positions=positions)
+        gated = ops.gated_ffn(normed, gate, up, down, b_down=norm_bias)
+        plain = ops.ffn(normed, gate, None, down, norm_bias, activation="gelu")
+        return total, *turned, *strided, gated, plain
+
+    return step
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ordinary_weights_are_captured(dtype):
+    step = plain_step(dtype)
+    captured = capture(step, random(2, 3, 64, dtype=dtype), torch.tensor([[0, 1, 2], [3, 4, 5]]))
+    # norms 3, linear 1, rotary 4, gated_ffn 4, ffn 3
+    assert len(captured) == 15
+    arguments = random(2, 3, 64, dtype=dtype), torch.tensor([[6, 7, 8], [0, 3, 3]])
+    for replayed, eager in zip(captured(*arguments), step(*arguments), strict=True):
+        assert torch.equal(replayed, eager)
+
+
 def test_lookups_are_captured_and_checked_at_each_replay():
     table = quantize(random(20, 64), "int8")
     captured = capture(lambda ids: ops.quant_embedding(ids, table), torch.tensor([3, 4]))

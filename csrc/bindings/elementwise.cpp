@@ -10,20 +10,48 @@ Dropout dropout_from(Address seed, uint64_t threshold, float scale) {
   return {pointer<const int64_t>(seed), threshold, scale};
 }
 
+void add_norm_forward(Address x, Address residual, Address weight, Address bias, Address norm,
+                      Address total, Address mean, Address rstd, int64_t rows, int64_t columns,
+                      int64_t heads, int64_t seq, int64_t stride_batch, int64_t stride_head,
+                      int64_t stride_seq, int x_type, int type, int weight_type, int bias_type,
+                      bool rms, float eps, Address seed, uint64_t threshold, float scale) {
+  run<AddNormForward>(kernels().add_norm_forward, {pointer<void>(x),
+                                                   pointer<void>(residual),
+                                                   pointer<void>(weight),
+                                                   pointer<void>(bias),
+                                                   pointer<void>(norm),
+                                                   pointer<void>(total),
+                                                   pointer<float>(mean),
+                                                   pointer<float>(rstd),
+                                                   rows,
+                                                   columns,
+                                                   heads,
+                                                   seq,
+                                                   stride_batch,
+                                                   stride_head,
+                                                   stride_seq,
+                                                   DType(x_type),
+                                                   DType(type),
+                                                   DType(weight_type),
+                                                   DType(bias_type),
+                                                   rms,
+                                                   eps,
+                                                   dropout_from(seed, threshold, scale)});
+}
+
 }  // namespace
 
 void bind_elementwise(py::module_& module) {
+  module.def("add_norm_forward", &add_norm_forward, ReleaseGil());
+  // x contiguous, weight and bias in fp32
   module.def(
       "add_norm_forward",
       [](Address x, Address residual, Address weight, Address bias, Address norm, Address total,
          Address mean, Address rstd, int64_t rows, int64_t columns, int x_type, int type, bool rms,
          float eps, Address seed, uint64_t threshold, float scale) {
-        run<AddNormForward>(
-            kernels().add_norm_forward,
-            {pointer<void>(x), pointer<void>(residual), pointer<float>(weight),
-             pointer<float>(bias), pointer<void>(norm), pointer<void>(total), pointer<float>(mean),
-             pointer<float>(rstd), rows, columns, DType(x_type), DType(type), rms, eps,
-             dropout_from(seed, threshold, scale)});
+        add_norm_forward(x, residual, weight, bias, norm, total, mean, rstd, rows, columns, 1, rows,
+                         0, 0, columns, x_type, type, int(DType::f32), int(DType::f32), rms, eps,
+                         seed, threshold, scale);
       },
       ReleaseGil());
   module.def(
@@ -85,6 +113,16 @@ void bind_elementwise(py::module_& module) {
                           {pointer<void>(logits), pointer<int64_t>(target),
                            pointer<float>(row_scale), pointer<float>(loss), rows, classes,
                            ignore_index, DType(type), label_smoothing, z_loss, softcap, gradient});
+      },
+      ReleaseGil());
+  module.def(
+      "linear_rows",
+      [](Address x, Address weight, Address bias, Address out, int64_t rows, int64_t columns,
+         int64_t features, int64_t x_stride, int64_t weight_stride, int type) {
+        run<LinearRows>(
+            kernels().linear_rows,
+            {pointer<void>(x), pointer<void>(weight), pointer<void>(bias), pointer<void>(out), rows,
+             columns, features, x_stride, weight_stride, DType(type)});
       },
       ReleaseGil());
 }

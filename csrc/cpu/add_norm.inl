@@ -1,5 +1,11 @@
 // total = residual + dropout(x); norm = normalised total. One pass over memory: a row stays in L1.
 
+// n elements of x from the i-th on.
+LLMOS_INLINE F load(const void* x, DType type, int64_t i, int64_t n) {
+  return type == DType::bf16 ? load(static_cast<const bf16*>(x) + i, n)
+                             : load(static_cast<const float*>(x) + i, n);
+}
+
 template <typename X, typename T>
 static void add_norm_forward_rows(const AddNormForward& call) {
   const int64_t columns = call.columns;
@@ -9,7 +15,10 @@ static void add_norm_forward_rows(const AddNormForward& call) {
     float* factors = row_buffer + round_up(columns, 64);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < call.rows; ++row) {
-      const X* x = static_cast<const X*>(call.x) + row * columns;
+      const int64_t position = row % call.seq, head = row / call.seq % call.heads;
+      const int64_t batch = row / call.seq / call.heads;
+      const X* x = static_cast<const X*>(call.x) + batch * call.stride_batch +
+                   head * call.stride_head + position * call.stride_seq;
       const T* residual =
           call.residual ? static_cast<const T*>(call.residual) + row * columns : nullptr;
       T* total = static_cast<T*>(call.total) + row * columns;
@@ -39,8 +48,8 @@ static void add_norm_forward_rows(const AddNormForward& call) {
       for (int64_t i = 0; i < columns; i += kLanes) {
         const int64_t n = columns - i;
         F value = (load(row_buffer + i) - mean) * rstd;
-        if (call.weight) value *= load(call.weight + i, n);
-        if (call.bias) value += load(call.bias + i, n);
+        if (call.weight) value *= load(call.weight, call.weight_type, i, n);
+        if (call.bias) value += load(call.bias, call.bias_type, i, n);
         store(norm + i, value, n);
       }
     }

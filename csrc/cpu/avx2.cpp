@@ -15,7 +15,7 @@ namespace llmos {
 namespace avx2 {
 
 // 12 registers of sums, 2 of b and the broadcast element in 16.
-constexpr int kTileRows = 6, kTileVectors = 1;
+constexpr int kTileRows = 6, kTileVectors = 1, kRegisterLanes = 8;
 
 #include "cpu/vector.inl"
 
@@ -55,6 +55,7 @@ const Kernels avx2_kernels = {
     avx2::attention_backward,
     avx2::attention_decode,
     avx2::cache_write,
+    avx2::linear_rows,
 };
 
 }  // namespace llmos

@@ -32,6 +32,7 @@ const Kernels avx512_kernels = {
     avx512::attention_backward,
     avx512::attention_decode,
     avx512::cache_write,
+    avx512::linear_rows,
 };
 
 }  // namespace llmos

@@ -1,7 +1,7 @@
 // The kernels for 32 registers of 512 bits; inside a target region and a namespace.
 
 // 24 sums, 2 vectors of b and the broadcast element in 32 registers.
-constexpr int kTileRows = 12, kTileVectors = 2;
+constexpr int kTileRows = 12, kTileVectors = 2, kRegisterLanes = 16;
 
 #include "cpu/vector.inl"
 

@@ -34,6 +34,7 @@ const Kernels avx512_bf16_kernels = {
     avx512_bf16::attention_backward,
     avx512_bf16::attention_decode,
     avx512_bf16::cache_write,
+    avx512_bf16::linear_rows,
 };
 
 }  // namespace llmos

@@ -11,7 +11,7 @@ namespace llmos {
 namespace generic {
 
 // 8 registers of sums, 4 of b and the broadcast element in 16.
-constexpr int kTileRows = 2, kTileVectors = 1;
+constexpr int kTileRows = 2, kTileVectors = 1, kRegisterLanes = 4;
 
 #include "cpu/vector.inl"
 
@@ -36,6 +36,7 @@ const Kernels generic_kernels = {
     generic::attention_backward,
     generic::attention_decode,
     generic::cache_write,
+    generic::linear_rows,
 };
 
 }  // namespace llmos

@@ -27,14 +27,15 @@ struct Dropout {
 };
 
 // total = residual + dropout(x); norm = (total - mean) * rstd * weight + bias, or without the mean
-// for rms. x: [rows, columns] of x_type, the other tensors of type. norm may be null (sum only).
+// for rms. x: [batch, heads, seq, columns] of x_type with strides; residual, norm and total are
+// contiguous in its order, of type. norm may be null (sum only).
 struct AddNormForward {
-  const void *x, *residual;
-  const float *weight, *bias;
+  const void *x, *residual, *weight, *bias;
   void *norm, *total;
   float *mean, *rstd;  // [rows]; mean unused for rms
-  int64_t rows, columns;
-  DType x_type, type;
+  int64_t rows, columns, heads, seq;
+  int64_t stride_batch, stride_head, stride_seq;
+  DType x_type, type, weight_type, bias_type;
   bool rms;
   float eps;
   Dropout dropout;
@@ -187,6 +188,14 @@ struct CacheWrite {
   CacheType cache_type;
 };
 
+// out = x weight^T + bias for few rows of x: [rows, features] by [columns, features], all of type.
+struct LinearRows {
+  const void *x, *weight, *bias;  // bias may be null
+  void* out;                      // [rows, columns]
+  int64_t rows, columns, features, x_stride, weight_stride;
+  DType type;
+};
+
 // Below this many numbers the second thread's start costs more than it saves.
 constexpr int64_t kWorthThreads = 16384;
 
@@ -203,6 +212,7 @@ struct Kernels {
   void (*attention_backward)(const AttentionBackward&);
   void (*attention_decode)(const AttentionDecode&);
   void (*cache_write)(const CacheWrite&);
+  void (*linear_rows)(const LinearRows&);
 };
 
 extern const Kernels generic_kernels;

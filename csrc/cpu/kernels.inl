@@ -12,3 +12,4 @@
 #include "cpu/narrow.inl"
 #include "cpu/attention_decode.inl"
 #include "cpu/cache_write.inl"
+#include "cpu/linear_rows.inl"

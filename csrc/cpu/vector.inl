@@ -98,6 +98,21 @@ LLMOS_INLINE float sum(F x) {  // pairwise: the error grows with log2(lanes)
   return (x + LLMOS_SWAPPED(x, 1))[0];
 }
 
+// Lane l: a[l] + a[l + distance] where l has no such bit, else b[l] + b[l - distance].
+#define LLMOS_FOLD_OTHER(l, distance) ((l) & (distance) ? 16 + (l) - (distance) : (l) + (distance))
+#define LLMOS_FOLD_SAME(l, distance) ((l) & (distance) ? 16 + (l) : (l))
+#define LLMOS_FOLD(a, b, d)                                         \
+  (__builtin_shufflevector(a, b, LLMOS_LANES(LLMOS_FOLD_SAME, d)) + \
+   __builtin_shufflevector(a, b, LLMOS_LANES(LLMOS_FOLD_OTHER, d)))
+
+// Lane l is the sum of the lanes of x[l].
+LLMOS_INLINE F lane_sums(F (&x)[kLanes]) {
+  for (int i = 0; i < 8; ++i) x[i] = LLMOS_FOLD(x[i], x[i + 8], 8);
+  for (int i = 0; i < 4; ++i) x[i] = LLMOS_FOLD(x[i], x[i + 4], 4);
+  for (int i = 0; i < 2; ++i) x[i] = LLMOS_FOLD(x[i], x[i + 2], 2);
+  return LLMOS_FOLD(x[0], x[1], 1);
+}
+
 LLMOS_INLINE float maximum(F x) {
   x = maximum(x, LLMOS_SWAPPED(x, 8));
   x = maximum(x, LLMOS_SWAPPED(x, 4));

@@ -8,11 +8,31 @@ from typing import Annotated
 import torch
 from typer import Argument, Option
 
-from llmos_fast.training.storage import current_folder
+from llmos_fast.checkpoints.storage import current_folder
 
 Device = Annotated[str, Option(help="Where to compute: cpu, cuda or cuda:N.")]
 Threads = Annotated[int, Option(help="CPU threads; 0 leaves the choice to PyTorch.", min=0)]
 CheckpointFolder = Annotated[Path, Argument(help="A checkpoint folder, or the folder of a run.")]
+AnyModel = Annotated[
+    Path,
+    Argument(
+        help="The folder of a run, checkpoint or Hugging Face model, a .gguf file, llama2.c's "
+        ".bin, or owner/name on the hub."
+    ),
+]
+Scheme = Annotated[
+    str | None,
+    Option(help="Quantize a pretrained model as it is read: int8, int4, int4_asym, nf4."),
+]
+GroupSize = Annotated[int, Option(help="Weights of 4 bits that share a scale.", min=1)]
+Temperature = Annotated[float, Option(help="0 takes the most likely token.")]
+TopK = Annotated[int, Option(help="Draw from this many tokens; 0: from all.")]
+TopP = Annotated[float, Option(help="Draw from the tokens that make up this share.")]
+MinP = Annotated[float, Option(help="Least share of the most likely token's probability.")]
+RepetitionPenalty = Annotated[float, Option(help="Divides the logits of tokens that occurred.")]
+Seed = Annotated[int, Option(help="The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, Option(help="Text that ends the answer; may be repeated.")]
+Int8Cache = Annotated[bool, Option("--int8-cache", help="Keep keys and values in 8 bits.")]
 
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from llmos_fast.checkpoints.storage import current_folder
 from llmos_fast.commands.interruption import Interruption
 from llmos_fast.training import Log, Record, Run, Step, perplexity
-from llmos_fast.training.storage import current_folder
 
 INTERRUPTED = 130
 

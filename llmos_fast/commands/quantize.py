@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Annotated
 from torch import Tensor
 from typer import Option
 
-from llmos_fast.commands.options import CheckpointFolder, find_checkpoint
+from llmos_fast.commands.opened import is_ours
+from llmos_fast.commands.options import AnyModel, find_checkpoint
 from llmos_fast.commands.terminal import console, megabytes, print_table
-from llmos_fast.data import encode_lines, open_corpus, windows
+from llmos_fast.data import encode_lines, load_tokenizer, open_corpus, windows
+from llmos_fast.models import Quantization, load
 from llmos_fast.nn import quantize_
 from llmos_fast.training import (
     Checkpoint,
-    Quantization,
     TrainingConfig,
     evaluation_windows,
     perplexity,
@@ -31,7 +33,7 @@ _VALIDATION_LINES = 5000
 
 
 def quantize(
-    checkpoint: CheckpointFolder,
+    checkpoint: AnyModel,
     scheme: Annotated[
         str,
         Option(help="int8, int4, int4_asym, nf4, fp8; _a16: float activations."),
@@ -50,6 +52,9 @@ def quantize(
     """Store the weights of a model's linear layers in 8 or 4 bits."""
     source = find_checkpoint(checkpoint)
     target = output or source.with_name(f"{source.name}-{scheme}")
+    if source.exists() and not is_ours(source):
+        _quantize_pretrained(source, target, scheme, group_size, method, bits, embeddings)
+        return
     loaded = Checkpoint.load(source)
     if loaded.quantization is not None:
         raise ValueError(f"{source} is quantized already, to {loaded.quantization.scheme}")
@@ -63,6 +68,28 @@ def quantize(
         for folder, value in ((source, before), (target, after))
     ]
     print_table(console(), "Quantization", ("checkpoint", "size", "validation perplexity"), rows)
+
+
+def _quantize_pretrained(
+    source: Path,
+    target: Path,
+    scheme: str,
+    group_size: int,
+    method: str,
+    bits: float | None,
+    embeddings: bool,
+) -> None:
+    """A weight at a time, without text to calibrate on."""
+    if method == "gptq" or bits is not None:
+        raise ValueError(
+            "--method gptq and --bits read the text a model was trained on, which a pretrained "
+            "one does not come with; llmos_fast.quantize_ takes calibration"
+        )
+    started = time.perf_counter()
+    model = load(source, scheme=scheme, group_size=group_size, method=method, embeddings=embeddings)
+    model.save(target, load_tokenizer(source))
+    row = (str(target), megabytes(weights_size(target)), f"{time.perf_counter() - started:.1f} s")
+    print_table(console(), "Quantization", ("checkpoint", "size", "took"), [row])
 
 
 def save_quantized(

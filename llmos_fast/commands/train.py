@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from llmos_fast.checkpoints.storage import current_folder
 from llmos_fast.commands.options import DEFAULT_DEVICE, Device, Threads, use_machine
 from llmos_fast.commands.progress import train_on_screen
 from llmos_fast.commands.terminal import console
@@ -23,7 +24,6 @@ from llmos_fast.training import (
     resume_run,
     start_run,
 )
-from llmos_fast.training.storage import current_folder
 
 _MODEL = "Model"
 _TOKENS = "Tokens"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from llmos_fast.data.decoded_stream import DecodedStream
 from llmos_fast.data.vocabulary import END_OF_LINE
 
 _BYTES = 256
@@ -52,6 +53,10 @@ class BytePairTokenizer:
             else:
                 lines[-1].append(index)
         return "\n".join(self._tokenizer.decode(line) for line in lines)
+
+    def stream(self) -> DecodedStream:
+        """Decoder of ids that come one by one: ``push`` each, ``flush`` at the end."""
+        return DecodedStream(self.decode)
 
     def save(self, path: Path | str) -> None:
         """Write the tokenizer to ``path`` as JSON, the format of the ``tokenizers`` package."""

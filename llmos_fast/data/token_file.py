@@ -23,14 +23,26 @@ _VERSION = 1
 _DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<u2"), 2: np.dtype("<i4")}
 
 
-class Tokenizer(Protocol):
-    """What turns text into ids and back: a ``Vocabulary`` or a ``BytePairTokenizer``."""
+class TextDecoder(Protocol):
+    """Text of ids that come one by one."""
 
-    end_id: int
+    def push(self, index: int) -> str:
+        """Text that became final."""
+
+    def flush(self) -> str:
+        """What is left at the end."""
+
+
+class Tokenizer(Protocol):
+    """What turns text into ids and back: our own or a ``PretrainedTokenizer``."""
 
     @property
     def kind(self) -> str:
-        """Name of the kind: "words" or "bpe"."""
+        """Name of the kind: "words", "bpe" or "pretrained"."""
+
+    @property
+    def end_id(self) -> int | None:
+        """Id of the end of a line or text; None where there is none."""
 
     @property
     def unknown_id(self) -> int | None:
@@ -47,8 +59,11 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``."""
 
+    def stream(self) -> TextDecoder:
+        """Decoder of ids that come one by one."""
+
     def save(self, path: Path | str) -> None:
-        """Write the tokenizer to one JSON file."""
+        """Write the tokenizer: to one JSON file, or a pretrained one's files to a folder."""
 
 
 def encode_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Tensor:

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from llmos_fast.data.decoded_stream import DecodedStream
+
 UNKNOWN = "<unk>"
 END_OF_LINE = "<eos>"
 _FORMAT = "llmos_fast.vocabulary"
@@ -92,6 +94,10 @@ class Vocabulary:
                 raise ValueError(f"decode: ids must be in 0..{len(self) - 1}, got {index}")
             words.append("\n" if index == self.end_id else self.words[index])
         return " ".join(words).replace(" \n", "\n").replace("\n ", "\n")
+
+    def stream(self) -> DecodedStream:
+        """Decoder of ids that come one by one: ``push`` each, ``flush`` at the end."""
+        return DecodedStream(self.decode)
 
     def save(self, path: Path | str) -> None:
         """Write the vocabulary to ``path`` as JSON."""

@@ -15,6 +15,7 @@ from llmos_fast.native.common import (
     dropout_arguments,
     dtype_code,
     refusal,
+    rows_contiguous,
 )
 from llmos_fast.reference import add_norm as definition
 
@@ -51,6 +52,15 @@ def _total_like(x: Tensor, residual: Tensor | None) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
 
 
+def _affine(parameter: Tensor | None) -> tuple[Tensor | None, int]:
+    """``parameter`` as the kernel reads it, in fp32 or bf16, and the code of its dtype."""
+    if parameter is None:
+        return None, 0
+    if parameter.dtype != torch.bfloat16:
+        parameter = parameter.float()
+    return parameter.contiguous(), dtype_code(parameter.dtype)
+
+
 def _forward_cpu(
     x: Tensor,
     residual: Tensor | None,
@@ -61,14 +71,17 @@ def _forward_cpu(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
-    scale = None if weight is None else weight.float().contiguous()
-    offset = None if bias is None else bias.float().contiguous()
+    scale, scale_code = _affine(weight)
+    offset, offset_code = _affine(bias)
     total = _total_like(x, residual)
     norm = torch.empty_like(total)
     columns = x.shape[-1]
     rows = x.numel() // max(columns, 1)
+    x = rows_contiguous(x if x.dim() <= 4 else x.reshape(rows, columns))
+    missing = 4 - x.dim()
+    _, heads, seq, _ = (1,) * missing + x.shape
+    strides = ((0,) * missing + x.stride())[:3]
     mean, rstd = torch.empty(0 if rms else rows), torch.empty(rows)
     _C.add_norm_forward(
         x.data_ptr(),
@@ -81,8 +94,13 @@ def _forward_cpu(
         rstd.data_ptr(),
         rows,
         columns,
+        heads,
+        seq,
+        *strides,
         dtype_code(x.dtype),
         dtype_code(total.dtype),
+        scale_code,
+        offset_code,
         rms,
         eps,
         *dropout_arguments(seed, p),

@@ -68,20 +68,24 @@ def feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
     """linear2(dropout(activation(linear1(x)))), times linear_up(x) before dropout where gated.
 
     Args:
-        layer: has linear1, dropout, linear2, activation, and linear_up where it is gated.
+        layer: has linear1, dropout, linear2, activation, and linear_up where it is gated; or
+            gate_up, a quantized pair, in the place of linear1 and linear_up.
         x: Float[... d_model].
 
     Returns:
         Float[... d_model].
     """
     modules = layer._modules
-    linear1, dropout, linear2 = modules["linear1"], modules["dropout"], modules["linear2"]
-    assert linear1 is not None
+    dropout, linear2 = modules["dropout"], modules["linear2"]
     assert dropout is not None
     assert linear2 is not None
-    linear_up = modules.get("linear_up")
     activation: Activation = layer.activation  # type: ignore[assignment]
     name = activation_name(activation)
+    if "gate_up" in modules:
+        hidden = modules["gate_up"](x, activation=name, gated=True)  # type: ignore[misc]
+        return plain.linear(linear2, _dropped(dropout, hidden))
+    linear1, linear_up = modules["linear1"], modules.get("linear_up")
+    assert linear1 is not None
     linears = (linear1, linear2) if linear_up is None else (linear1, linear2, linear_up)
     if (
         name is not None
@@ -95,7 +99,14 @@ def feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
         hidden = activation(plain.linear(linear1, x))
     if linear_up is not None:
         hidden = hidden * plain.linear(linear_up, x)
-    return plain.linear(linear2, dropout(hidden))
+    return plain.linear(linear2, _dropped(dropout, hidden))
+
+
+def _dropped(dropout: nn.Module, x: Tensor) -> Tensor:
+    """``dropout(x)``, which is ``x`` itself where nothing is dropped: a capture takes no copies."""
+    if plain.is_plain(dropout, *plain.DROPOUT) and plain.dropout_probability(dropout) == 0.0:
+        return x
+    return dropout(x)  # type: ignore[no-any-return]
 
 
 def _fused(

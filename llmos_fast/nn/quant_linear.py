@@ -64,9 +64,12 @@ class QuantLinear(QuantizedModule):
         layer._fill(weight, bias)
         return layer
 
-    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
-        """Float[... in_features] -> Float[... out_features], through ``activation`` in one pass."""
-        return quant_matmul(x, self.qweight, self.bias, activation=activation)
+    def forward(self, x: Tensor, activation: str | None = None, gated: bool = False) -> Tensor:
+        """Float[... in_features] -> Float[... out_features], through ``activation`` in one pass.
+
+        gated: the weight is a pair from ``interleave``, and the result half as wide
+        """
+        return quant_matmul(x, self.qweight, self.bias, activation=activation, gated=gated)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An nn.Linear with the rounded weight, in ``dtype`` or else the bias's, or else fp32."""

@@ -134,12 +134,14 @@ def quantize_(
             report.notes.append(f"{name} does not run on the calibration data: rounded without it")
         return rounded(name, weight)
 
-    report.notes.extend(_replace(model, calibrated, rounded if embeddings else None, skip))
+    report.notes.extend(
+        replace_by_quantized_(model, calibrated, rounded if embeddings else None, skip)
+    )
     report.bytes_after = _bytes(model)
     return report
 
 
-def _replace(
+def replace_by_quantized_(
     model: nn.Module, weight_of: MakeWeight, table_of: MakeWeight | None, skip: Sequence[str] = ()
 ) -> list[str]:
     """Put quantized layers in the place of linear layers, and of embeddings with ``table_of``.
@@ -177,6 +179,7 @@ def empty_quantized_(
     schemes: Mapping[str, str] | None = None,
     *,
     embeddings: bool = False,
+    skip: Sequence[str] = (),
 ) -> None:
     """Do what ``quantize_`` does, with weights of zeros, for ``load_state_dict``.
 
@@ -190,7 +193,7 @@ def empty_quantized_(
         n, k = weight.shape
         return empty((n, k), unknown.pop(name, scheme), group_size, weight.device)
 
-    _replace(model, zeros, zeros if embeddings else None)
+    replace_by_quantized_(model, zeros, zeros if embeddings else None, skip)
     if unknown:
         raise ValueError(f"empty_quantized_: schemes must name layers, got {', '.join(unknown)}")
 

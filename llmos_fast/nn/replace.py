@@ -29,7 +29,9 @@ def replace_linears_(
     tables: ids of the weights of embeddings that will be replaced too
 
     A layer with packed projections of its own may define ``quantize_projections_`` and
-    ``dequantize_projections_`` as ``nn.MultiheadAttention`` of this package does.
+    ``dequantize_projections_`` as ``nn.MultiheadAttention`` of this package does; one that computes
+    two of its linear layers as one may define ``join_projections_`` and ``separate_projections_``,
+    as ``models.FeedForward`` does.
 
     returns: a sentence about every layer that ``quantize_`` treats in a way that may surprise
     """
@@ -55,6 +57,9 @@ def replace_linears_(
         setattr(parent, attribute, replaced[child])
         if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0  # torch's own sign that the fused path is off
+    for module in list(model.modules()):
+        if hasattr(module, "join_projections_"):
+            module.join_projections_()  # type: ignore[operator]
     return notes
 
 
@@ -119,6 +124,8 @@ def restore_linears_(
     """
     restored: dict[nn.Module, nn.Linear] = {}
     for module in list(model.modules()):
+        if hasattr(module, "separate_projections_"):
+            module.separate_projections_()  # type: ignore[operator]
         holds = any(isinstance(child, kind) for child in module.children())
         if holds and hasattr(module, "dequantize_projections_"):
             module.dequantize_projections_()  # type: ignore[operator]

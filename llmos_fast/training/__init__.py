@@ -1,6 +1,6 @@
 """Training: settings, loop, schedules, evaluation, logs, checkpoints."""
 
-from llmos_fast.training.checkpoint import Checkpoint, Quantization
+from llmos_fast.training.checkpoint import Checkpoint
 from llmos_fast.training.config import TrainingConfig
 from llmos_fast.training.evaluation import perplexity
 from llmos_fast.training.logs import CsvLog, Log, Record, TensorBoardLog, read_log
@@ -22,7 +22,6 @@ __all__ = [
     "CsvLog",
     "Log",
     "ModelSettings",
-    "Quantization",
     "Record",
     "Run",
     "Step",

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmos_fast.data import BytePairTokenizer, Tokenizer, Vocabulary
-from llmos_fast.models import TransformerModel
-from llmos_fast.nn import empty_quantized_
-from llmos_fast.training.storage import (
+from llmos_fast.checkpoints.storage import (
     current_folder,
     read_json,
     read_tensors,
@@ -17,6 +14,9 @@ from llmos_fast.training.storage import (
     write_json,
     write_tensors,
 )
+from llmos_fast.data import BytePairTokenizer, Tokenizer, Vocabulary
+from llmos_fast.models import Quantization, TransformerModel
+from llmos_fast.nn import empty_quantized_
 
 _FORMAT = "llmos_fast.checkpoint"
 _VERSION = 1
@@ -24,28 +24,6 @@ _TOKENIZERS: dict[str, type[Vocabulary] | type[BytePairTokenizer]] = {
     Vocabulary.kind: Vocabulary,
     BytePairTokenizer.kind: BytePairTokenizer,
 }
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How the weights of a model are stored.
-
-    layers: schemes, by name, of the layers that have another one than ``scheme``
-    embeddings: whether embeddings are quantized, as linear layers are
-    """
-
-    scheme: str
-    group_size: int
-    layers: dict[str, str] = field(default_factory=dict)
-    embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.layers, dict):
-            raise ValueError(
-                f"Quantization: layers must be a dict of schemes by name, got {self.layers!r}"
-            )
-        if not isinstance(self.embeddings, bool):
-            raise ValueError(f"Quantization: embeddings must be a bool, got {self.embeddings!r}")
 
 
 @dataclass(frozen=True)

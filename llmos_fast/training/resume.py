@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmos_fast.training.checkpoint import Checkpoint
-from llmos_fast.training.config import TrainingConfig
-from llmos_fast.training.storage import (
+from llmos_fast.checkpoints.storage import (
     current_folder,
     read_json,
     read_tensors,
@@ -23,6 +21,8 @@ from llmos_fast.training.storage import (
     write_json,
     write_tensors,
 )
+from llmos_fast.training.checkpoint import Checkpoint
+from llmos_fast.training.config import TrainingConfig
 from llmos_fast.training.trainer import Trainer
 
 _OPTIMIZER = "optimizer."

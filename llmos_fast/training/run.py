@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmos_fast.checkpoints.storage import current_folder
 from llmos_fast.data import (
     Corpus,
     Tokenizer,
@@ -28,7 +29,6 @@ from llmos_fast.models import TransformerModel
 from llmos_fast.training.checkpoint import Checkpoint
 from llmos_fast.training.config import TrainingConfig
 from llmos_fast.training.resume import load_training_config, restore_training, save_training
-from llmos_fast.training.storage import current_folder
 from llmos_fast.training.trainer import Trainer
 
 TOKENIZERS = ("words", "whitespace", "bpe")

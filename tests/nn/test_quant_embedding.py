@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from llmos_fast.checkpoints.storage import read_tensors, write_tensors
 from llmos_fast.data import Vocabulary
-from llmos_fast.models import TransformerModel
+from llmos_fast.models import Quantization, TransformerModel
 from llmos_fast.nn import (
     QuantEmbedding,
     QuantLinear,
@@ -18,8 +19,7 @@ from llmos_fast.nn import (
     quantize_,
 )
 from llmos_fast.quantize import SCHEMES, quantize
-from llmos_fast.training import Checkpoint, Quantization
-from llmos_fast.training.storage import read_tensors, write_tensors
+from llmos_fast.training import Checkpoint
 
 ROWS = 37  # the last panel holds 5
 

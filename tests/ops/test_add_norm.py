@@ -56,6 +56,48 @@ def test_bf16_on_an_fp32_residual():
     check((5, 40), dtype=torch.bfloat16, residual_dtype=torch.float32, dropout_p=0.3)
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+def test_parameters_of_other_dtypes(cpu_set, weight_dtype, bias_dtype, dtype):
+    x, weight, bias = random(5, 40, dtype=dtype), random(40), random(40)
+    weight, bias = weight.to(weight_dtype), bias.to(bias_dtype)
+    ours, _ = ops.add_norm(x, None, weight, bias, impl="native")
+    wide, _ = ops.add_norm(x, None, weight.float(), bias.float(), impl="native")
+    assert torch.equal(ours, wide)
+
+
+def packed_heads(dtype):
+    return random(6, 5 * 33, dtype=dtype).view(2, 3, 5, 33)
+
+
+STRIDED = {
+    "queries": lambda dtype: packed_heads(dtype)[:, :, 1:4].transpose(1, 2),
+    "rows": lambda dtype: random(6, 50, dtype=dtype)[::2, 3:20],
+    "a row for all": lambda dtype: random(1, 17, dtype=dtype).expand(4, 17),
+    "columns": lambda dtype: random(17, 6, dtype=dtype).t(),
+    "more dimensions": lambda dtype: random(2, 3, 4, 5, 40, dtype=dtype)[:, 1:, ::2, :, 3:20],
+    "one row": lambda dtype: random(40, dtype=dtype)[3:20],
+}
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("make", STRIDED.values(), ids=STRIDED)
+def test_strided(make, residual, kind, dtype):
+    x = make(dtype)
+    weight = random(x.shape[-1], dtype=dtype)
+    other = random(*x.shape, dtype=dtype) if residual else None
+    results = []
+    for layout in (x, x.contiguous()):
+        leaf = layout.detach().requires_grad_()
+        torch.manual_seed(3)
+        norm, total = ops.add_norm(leaf, other, weight, kind=kind, dropout_p=0.2, impl="native")
+        gradient = torch.autograd.grad(norm.float().square().sum() + total.sum(), leaf)
+        results.append((norm, total, *gradient))
+    for ours, dense in zip(*results, strict=True):
+        assert torch.equal(ours, dense)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 200),

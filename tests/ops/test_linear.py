@@ -1,5 +1,7 @@
 """linear against its definition, and the products behind it."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from llmos_fast import ops, reference
 from llmos_fast.native import product
-from llmos_fast.testing import assert_within_budget, random
+from llmos_fast.testing import assert_close_to_truth, assert_within_budget, random
 
 
 @pytest.fixture(params=["onednn", "mkl"])
@@ -32,13 +34,15 @@ def check(rows, features, out, bias, dtype):
     )
 
 
-@pytest.mark.parametrize("rows", [(1,), (7,), (3, 5), ()], ids=str)
+@pytest.mark.parametrize("rows", [(1,), (3, 5), (), (17,), (3, 20)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_matches_definition(route, rows, bias, dtype):
     check(rows, 33, 70, bias, dtype)
 
 
-@pytest.mark.parametrize("sizes", [(0, 8, 4), (5, 0, 4), (5, 8, 0)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(0, 8, 4), (5, 0, 4), (5, 8, 0), (40, 0, 4), (40, 8, 0)], ids=str
+)
 def test_empty(route, sizes):
     rows, features, out = sizes
     check((rows,), features, out, True, torch.float32)
@@ -69,6 +73,62 @@ def test_follows_a_weight_that_changes_in_place(route):
             ops.linear(x, weight, impl="native")
             change()
             torch.testing.assert_close(ops.linear(x, weight, impl="native"), x @ weight.t())
+
+
+every_set = pytest.mark.parametrize(
+    "cpu_set", ["avx512_bf16", "avx512", "avx2", "generic"], indirect=True
+)
+FEW = product._FEW_ROWS
+
+
+def inside(values):
+    """The same values as part of a wider matrix, NaN around them."""
+    wide = torch.full((len(values) + 2, values.shape[1] + 5), torch.nan, dtype=values.dtype)
+    wide[1:-1, 3:-2] = values
+    return wide[1:-1, 3:-2]
+
+
+@every_set
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows(cpu_set, bias, dtype):
+    for m, features, out in itertools.product(range(1, FEW + 2), (1, 7, 17, 129), (1, 3, 5, 50)):
+        x, weight = inside(random(m, features, dtype=dtype)), random(out, features, dtype=dtype)
+        offset = random(out, dtype=dtype) if bias else None
+        ours = ops.linear(x, inside(weight), offset, impl="native")
+        truth = reference.linear(*(t if t is None else t.double() for t in (x, weight, offset)))
+        eager = reference.linear(x, weight, offset)
+        assert_close_to_truth(
+            ours, eager, truth, reduction=features, name=f"{m} x {features} x {out}"
+        )
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("strided", ["x", "weight", "bias"])
+def test_strided(route, strided, rows, dtype):
+    tensors = {
+        "x": random(rows, 40, dtype=dtype),
+        "weight": random(10, 40, dtype=dtype),
+        "bias": random(10, dtype=dtype),
+    }
+    truth = reference.linear(**{name: tensor.double() for name, tensor in tensors.items()})
+    eager = reference.linear(**tensors)
+    tensors[strided] = tensors[strided].repeat_interleave(2, -1)[..., ::2]
+    ours = ops.linear(**tensors, impl="native")
+    assert_close_to_truth(ours, eager, truth, reduction=40)
+
+
+@every_set
+@pytest.mark.parametrize("out", [5, 700])
+def test_few_rows_depend_neither_on_threads_nor_on_one_another(cpu_set, out, dtype):
+    x, weight = random(FEW, 150, dtype=dtype), random(out, 150, dtype=dtype)
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(ops.linear(x, weight, impl="native"))
+    torch.set_num_threads(threads)
+    results.append(torch.cat([ops.linear(row, weight, impl="native") for row in x.split(1)]))
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_bad_input():

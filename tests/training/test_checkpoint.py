@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from llmos_fast.data import train_byte_pair
-from llmos_fast.models import TransformerModel
+from llmos_fast.models import Quantization, TransformerModel
 from llmos_fast.nn import QuantLinear, quantize_
-from llmos_fast.training import Checkpoint, Quantization
+from llmos_fast.training import Checkpoint
 
 TOKENS = torch.tensor([[2, 3, 4, 5]])
 

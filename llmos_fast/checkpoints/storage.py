@@ -81,7 +81,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         else:
             aliases[name] = same
     try:
-        save_file(contiguous, path, aliases or None)
+        save_file(contiguous, path, {"format": "pt", **aliases})  # transformers asks for the first
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 

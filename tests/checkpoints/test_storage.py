@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from llmos_fast.training.storage import (
+from llmos_fast.checkpoints.storage import (
     current_folder,
     read_json,
     read_tensors,
