@@ -8,16 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmos_fast.models.config import ModelConfig
+from llmos_fast.models.feed_forward import FeedForward
+from llmos_fast.nn import dequantize_, quantize_
 from llmos_fast.quantize import (
     FORMATS,
     FOUR_BIT,
     NF4_LEVELS,
     SCHEMES,
     QuantizedWeight,
+    can_interleave,
     empty,
     from_codes,
+    interleave,
     pack,
     quantize,
+    separate,
     unpack,
 )
 from llmos_fast.rounding import METHODS
@@ -202,3 +208,60 @@ def test_bad_codes_are_refused():
 def test_four_bit_formats_take_half_a_byte():
     weight = torch.randn(32, 256)
     assert all(quantize(weight, name).packed.nbytes == 32 * 128 for name in FOUR_BIT)
+
+
+@pytest.mark.parametrize("shape", [(16, 1), (32, 40), (48, 253)])
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if not s.startswith("fp8")])
+def test_separate_undoes_interleave(scheme, shape):
+    gate, up = (quantize(torch.randn(shape), scheme, 32) for _ in range(2))
+    pair = interleave(gate, up)
+    assert pair.shape == (2 * shape[0], shape[1])
+    rows = pair.dequantize().unflatten(0, (-1, 2, 16))
+    assert torch.equal(rows[:, 0].flatten(0, 1), gate.dequantize())
+    assert torch.equal(rows[:, 1].flatten(0, 1), up.dequantize())
+    for one, again in zip((gate, up), separate(pair), strict=True):
+        assert (again.shape, again.scheme, again.group_size) == (shape, scheme, one.group_size)
+        assert one.tensors().keys() == again.tensors().keys()
+        for name, tensor in one.tensors().items():
+            assert torch.equal(tensor, again.tensors()[name])
+
+
+@pytest.mark.parametrize(
+    ("gate", "up"),
+    [
+        (((24, 64), "int4", 32), ((24, 64), "int4", 32)),
+        (((32, 64), "int4", 32), ((16, 64), "int4", 32)),
+        (((32, 64), "int4", 32), ((32, 32), "int4", 32)),
+        (((32, 64), "int4", 32), ((32, 64), "int4", 64)),
+        (((32, 64), "int4", 32), ((32, 64), "nf4", 32)),
+        (((32, 64), "fp8", 32), ((32, 64), "fp8", 32)),
+    ],
+)
+def test_interleave_refuses_what_does_not_fit(gate, up):
+    gate, up = (quantize(torch.randn(shape), *options) for shape, *options in (gate, up))
+    assert not can_interleave(gate, up)
+    with pytest.raises(ValueError, match="interleave: gate and up must"):
+        interleave(gate, up)
+
+
+@pytest.mark.parametrize("inner", [40, 48])
+@pytest.mark.parametrize("scheme", ["int8", "int4_asym", "nf4"])
+def test_dequantize_restores_gate_and_up(scheme, inner):
+    sizes = {"vocabulary": 9, "width": 32, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 16}
+    config = ModelConfig(
+        **sizes, inner=inner, max_length=9, norm="rms", norm_eps=1e-6, activation="silu", gated=True
+    )
+    model = torch.nn.Sequential(FeedForward(config))
+    rounded = {
+        f"{name}.weight": quantize(linear.weight, scheme, 32).dequantize()
+        for name, linear in model.named_modules()
+        if isinstance(linear, torch.nn.Linear)
+    }
+    names = {name for name, _ in model.named_modules()}
+    quantize_(model, scheme, 32)
+    assert hasattr(model[0], "gate_up") == (inner % 16 == 0)
+    dequantize_(model)
+    assert {name for name, _ in model.named_modules()} == names
+    state = model.state_dict()
+    assert state.keys() == rounded.keys()
+    assert all(torch.equal(state[name], weight) for name, weight in rounded.items())

@@ -22,14 +22,16 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.buckets, self.max_distance = config.relative_buckets, config.relative_max_distance
         self.bidirectional = bidirectional
-        self.table = nn.Embedding(config.relative_buckets, config.heads)
+        # no nn.Embedding, which would be quantized: it is small, and added to every score
+        self.table = nn.Parameter(torch.empty(config.relative_buckets, config.heads))
+        nn.init.normal_(self.table, std=0.05)
 
     def forward(self, start: int, seq_q: int, seq_k: int) -> Tensor:
         """Bias of queries at start, start + 1, ... to keys from 0: Float[1 heads seq_q seq_k]."""
-        device = self.table.weight.device
+        device = self.table.device
         key = torch.arange(seq_k, device=device)
         distance = key - torch.arange(start, start + seq_q, device=device)[:, None]
-        return self.table(self._bucket(distance)).permute(2, 0, 1)[None]  # type: ignore[no-any-return]
+        return nn.functional.embedding(self._bucket(distance), self.table).permute(2, 0, 1)[None]
 
     def _bucket(self, distance: Tensor) -> Tensor:
         """Exact for small distances, logarithmic up to ``max_distance``, one for all beyond."""

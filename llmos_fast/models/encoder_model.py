@@ -73,13 +73,13 @@ class EncoderModel(Pretrained):
                 )
         kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         row, column = kept.nonzero(as_tuple=True)
-        types = 0 if token_types is None else token_types[row, column]
+        types = torch.zeros_like(column) if token_types is None else token_types[row, column]
         lengths = [length for length in kept.sum(1).tolist() if length]
         if not lengths:
-            return self.embedding.weight.new_zeros(*tokens.shape, self.config.width)
+            return next(self.stack.parameters()).new_zeros(*tokens.shape, self.config.width)
         packed = Packed.of(lengths, causal=False, device=tokens.device)
         x = self.embedding(tokens[row, column]) + self.positions(column)
-        x = self.dropout(plain.norm(self.embedding_norm, x + self.token_types.weight[types]))
+        x = self.dropout(plain.norm(self.embedding_norm, x + self.token_types(types)))
         hidden: Tensor = self.stack(x[None], packed)
         if len(row) == tokens.numel():
             return hidden.view(*tokens.shape, -1)

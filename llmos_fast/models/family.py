@@ -105,8 +105,11 @@ class Reader:
         """An integer that is not absurd."""
         value = self._config.get(name)
         value = default if value is None else value
-        known = isinstance(value, int) and not isinstance(value, bool)
-        if not known or not least <= value <= LARGEST_SIZE:  # type: ignore[operator]
+        if (
+            not isinstance(value, int)
+            or isinstance(value, bool)
+            or not least <= value <= LARGEST_SIZE
+        ):
             rule = f"an integer in {least}..{LARGEST_SIZE}"
             raise ValueError(f"load: {name} of config.json must be {rule}, got {_short(value)}")
         return value
@@ -115,8 +118,11 @@ class Reader:
         """A number."""
         value = self._config.get(name)
         value = default if value is None else value
-        known = isinstance(value, int | float) and not isinstance(value, bool)
-        if not known or not abs(value) < LARGEST_NUMBER:  # type: ignore[arg-type]
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not abs(value) < LARGEST_NUMBER
+        ):
             raise ValueError(f"load: {name} of config.json must be a number, got {_short(value)}")
         return float(value)
 

@@ -13,7 +13,6 @@ from llmos_fast.checkpoints import Source, open_source
 from llmos_fast.checkpoints.safetensors_folder import WHOLE
 from llmos_fast.checkpoints.storage import current_folder, read_tensors
 from llmos_fast.models.families import family_of
-from llmos_fast.models.family import Family
 from llmos_fast.models.pretrained import METHOD, Pretrained, Quantization
 from llmos_fast.nn import empty_quantized_
 from llmos_fast.nn.quantize_model import replace_by_quantized_
@@ -73,9 +72,10 @@ def load(
     if stored is not None:
         if scheme is not None:
             raise ValueError(f"load: scheme must be None for a quantized checkpoint, got {scheme}")
-        return _load_quantized(model, source, stored).eval()
+        return _load_quantized(model, source, stored, dtype).eval()
     reading = _Reading(source, model, dtype, scheme is not None)
     if scheme is not None:
+
         def quantized(name: str, weight: Tensor) -> QuantizedWeight:
             read = reading(names[id(weight)], weight, cast=False)
             return quantize(read, scheme, group_size, method)
@@ -85,6 +85,8 @@ def load(
         model.quantization = Quantization(scheme, group_size, {}, embeddings, list(skip))
     _fill(model, reading)
     reading.finish()
+    if scheme is not None:
+        model.to(reading.dtype)  # what quantized embeddings make
     return model.eval()
 
 
@@ -97,7 +99,7 @@ class _Reading:
         assert model.family is not None
         self._tensors, self._family = source.tensors, model.family
         self._projection_rows = model.config.projection_rows
-        self._dtype = torch.float32 if dtype is None and quantizes else dtype
+        self.dtype = torch.float32 if dtype is None and quantizes else dtype
         self._used: set[str] = set()
 
     def __call__(self, name: str, like: Tensor, cast: bool = True) -> Tensor:
@@ -112,7 +114,7 @@ class _Reading:
             tensor = tensor.t()
         if not cast:
             return tensor
-        dtype = self._dtype
+        dtype = self.dtype
         if dtype is None:
             dtype = torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
         return tensor.to(dtype).contiguous()
@@ -161,7 +163,9 @@ def _fill(model: nn.Module, reading: _Reading) -> None:
             module._parameters[attribute] = filled[id(parameter)]
 
 
-def _load_quantized(model: Pretrained, source: Source, stored: Any) -> Pretrained:
+def _load_quantized(
+    model: Pretrained, source: Source, stored: Any, dtype: torch.dtype | None
+) -> Pretrained:
     """A checkpoint of ``model.save``."""
     if not isinstance(stored, dict) or stored.get("quant_method") != METHOD:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
@@ -170,6 +174,10 @@ def _load_quantized(model: Pretrained, source: Source, stored: Any) -> Pretraine
             "floating-point checkpoint with scheme=..."
         )
     assert source.folder is not None
+    named = {str(known)[6:]: known for known in FLOATS}
+    name = source.config.get("dtype")
+    if not isinstance(name, str) or name not in named:
+        raise ValueError(f"load: dtype of config.json must be in {', '.join(named)}, got {name!r}")
     try:
         quantization = Quantization(**{k: v for k, v in stored.items() if k != "quant_method"})
         empty_quantized_(
@@ -181,7 +189,7 @@ def _load_quantized(model: Pretrained, source: Source, stored: Any) -> Pretraine
             skip=quantization.skip,
         )
         model.load_state_dict(read_tensors(source.folder / WHOLE), assign=True)
-    except (TypeError, AttributeError, RuntimeError) as error:
+    except (TypeError, AttributeError, RuntimeError, UnicodeDecodeError) as error:
         raise ValueError(f"load: {source.folder} is damaged: {error}") from error
     model.quantization = quantization
-    return model
+    return model.to(dtype or named[name])

@@ -44,7 +44,8 @@ class RotaryAngles:
             with torch.inference_mode(False), torch.no_grad():  # autograd will save them later
                 frequency, magnitude = self._frequencies(stretched)
                 angle = torch.outer(torch.arange(rows, dtype=torch.float32), frequency)
-                cos, sin = (angle.cos() * magnitude).to(device), (angle.sin() * magnitude).to(device)
+                cos = (angle.cos() * magnitude).to(device)
+                sin = (angle.sin() * magnitude).to(device)
             self._tables[device] = stretched, cos, sin
         return cos, sin
 

@@ -78,13 +78,8 @@ def output_of(model):
     return model.mlm_logits(hidden) if hasattr(model, "mlm_logits") else hidden
 
 
-def state_of(model):
-    """Every tensor; of quantized weights, the bits."""
-    return model.state_dict()
-
-
 def assert_equal_states(a, b):
-    a, b = state_of(a), state_of(b)
+    a, b = a.state_dict(), b.state_dict()
     assert a.keys() == b.keys()
     for name, tensor in a.items():
         assert tensor.dtype == b[name].dtype, name
@@ -105,12 +100,11 @@ def change_tensors(folder, change):
     save_file(tensors, path, {"format": "pt"})
 
 
-def refused(act):
-    """The message of a plain ValueError that says what must be."""
-    with pytest.raises(ValueError) as caught:
+def refused(act, match="must"):
+    """act() raises a plain ValueError: its subclasses, as UnicodeDecodeError, are accidents."""
+    with pytest.raises(ValueError, match=match) as caught:
         act()
-    assert type(caught.value) is ValueError  # its subclasses, as UnicodeDecodeError, are accidents
-    return str(caught.value)
+    assert type(caught.value) is ValueError
 
 
 # --- saved and loaded again
@@ -153,7 +147,7 @@ def test_dtypes(stored, asked, expected, saved, folder, tmp_path):
 
 def test_a_dtype_that_is_no_float_is_refused(saved, folder):
     saved("llama")
-    assert "dtype must be" in refused(lambda: load(folder, dtype=torch.int8))
+    refused(lambda: load(folder, dtype=torch.int8), "dtype must be")
 
 
 def test_what_build_made_is_saved_and_loaded(tmp_path):
@@ -235,6 +229,7 @@ def test_the_dtype_of_what_is_not_quantized(dtype, stored, saved, folder, tmp_pa
     again = load(tmp_path / "quantized")
     assert torch.equal(output_of(again), output_of(ours))
     assert output_of(again).dtype == output_of(ours).dtype
+    assert output_of(load(tmp_path / "quantized", dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("skip", [["head"], ["*.out", "embedding"], ["*.linear1"]])
@@ -301,7 +296,7 @@ def test_quantizing_holds_one_weight_at_a_time(tmp_path, monkeypatch):
     kept = sum(tensor.nbytes for tensor in ours.state_dict().values())
     assert len(seen) == 6 * 5 + 2
     assert kept < total / 3
-    assert max(seen) - before < kept + total / 4
+    assert max(seen) - before < kept + total / 2
 
 
 # --- refused
@@ -332,7 +327,7 @@ TENSORS = {
 def test_tensors_that_do_not_fit_are_refused(name, scheme, saved, folder):
     saved("llama")
     change_tensors(folder, TENSORS[name])
-    assert "must" in refused(lambda: load(folder, scheme=scheme))
+    refused(lambda: load(folder, scheme=scheme))
 
 
 ABSURD = [0, -1, 10**30, 10**400, True, 1.5, "8", [8], {}, math.nan, math.inf]
@@ -380,7 +375,7 @@ def config_of(name):
 def test_absurd_sizes_are_refused(model, name):
     config = config_of(model)
     for value in ABSURD:
-        assert "must" in refused(lambda value=value: build(config | {name: value}, "meta")), value
+        refused(lambda value=value: build(config | {name: value}, "meta"))
 
 
 @pytest.mark.parametrize(
@@ -405,7 +400,7 @@ def test_absurd_sizes_are_refused(model, name):
 def test_absurd_options_are_refused(model, name, values):
     config = config_of(model)
     for value in values:
-        assert "must" in refused(lambda value=value: build(config | {name: value}, "meta")), value
+        refused(lambda value=value: build(config | {name: value}, "meta"))
 
 
 @pytest.mark.parametrize(
@@ -419,7 +414,7 @@ def test_absurd_options_are_refused(model, name, values):
 def test_heads_that_do_not_divide_are_refused(changes):
     model = "gpt2" if changes == {"num_attention_heads": 5} else "llama"
     changes = {"n_head": 5} if model == "gpt2" else changes
-    assert "must" in refused(lambda: build(config_of(model) | changes, "meta"))
+    refused(lambda: build(config_of(model) | changes, "meta"))
 
 
 COMPLETE = {
@@ -458,27 +453,26 @@ def test_rotary_positions_that_are_unknown_or_incomplete_are_refused():
     for kind, options in COMPLETE.items():
         build(config | {"rope_parameters": {"rope_type": kind, **options}}, "meta")
     for rope in ROPES:
-        assert "must" in refused(lambda r=rope: build(config | {"rope_parameters": r}, "meta")), rope
+        refused(lambda r=rope: build(config | {"rope_parameters": r}, "meta"))
 
 
 @pytest.mark.parametrize("stored", [{"quant_method": "gptq", "bits": 4}, {}, "int8", [1], True])
 def test_foreign_quantized_checkpoints_are_refused(stored, saved, folder):
     saved("llama")
     change_config(folder, quantization_config=stored)
-    assert "quant_method" in refused(lambda: load(folder))
+    refused(lambda: load(folder), "quant_method")
 
 
 def test_a_quantized_checkpoint_is_not_quantized_again(saved, folder, tmp_path):
     saved("llama")
     load(folder, scheme="int8").save(tmp_path / "quantized")
-    message = refused(lambda: load(tmp_path / "quantized", scheme="int4"))
-    assert "scheme must be None" in message
+    refused(lambda: load(tmp_path / "quantized", scheme="int4"), "scheme must be None")
 
 
 @pytest.mark.parametrize("options", [{"scheme": "int3"}, {"group_size": 33}, {"method": "best"}])
 def test_unknown_ways_to_quantize_are_refused(options, saved, folder):
     saved("llama")
-    assert "must" in refused(lambda: load(folder, **{"scheme": "int4"} | options))
+    refused(lambda: load(folder, **{"scheme": "int4"} | options))
 
 
 OUT = "stack.blocks.0.attention.out"
@@ -509,8 +503,7 @@ def test_damaged_quantized_checkpoints_are_refused(name, saved, folder, tmp_path
     saved("llama")
     load(folder, scheme="int4").save(tmp_path / "quantized")
     change_tensors(tmp_path / "quantized", STATES[name])
-    with pytest.raises(ValueError):
-        load(tmp_path / "quantized")
+    refused(lambda: load(tmp_path / "quantized"), "must|damaged")
 
 
 @pytest.mark.parametrize(
@@ -541,15 +534,15 @@ def test_damaged_records_of_how_weights_are_quantized_are_refused(change, saved,
     load(folder, scheme="int4").save(quantized)
     stored = json.loads((quantized / "config.json").read_text())["quantization_config"]
     change_config(quantized, quantization_config=stored | change)
-    refused(lambda: load(quantized))
+    refused(lambda: load(quantized), "must|damaged")
     change_config(quantized, quantization_config={"quant_method": "llmos_fast"})
-    refused(lambda: load(quantized))
+    refused(lambda: load(quantized), "must|damaged")
 
 
 def test_pickles_are_refused(saved, folder):
     saved("llama")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "pickle" in refused(lambda: load(folder))
+    refused(lambda: load(folder), "pickle")
 
 
 def test_what_is_not_there(tmp_path):

@@ -59,7 +59,8 @@ def _windows(hf: dict[str, Any], read: Reader, layers: int) -> tuple[int | None,
         return ()
     size, kinds = read.integer("sliding_window"), hf.get("layer_types")
     if kinds is None:
-        first = 0 if hf["model_type"] == "mistral" else read.integer("max_window_layers", 28, least=0)
+        mistral = hf["model_type"] == "mistral"
+        first = 0 if mistral else read.integer("max_window_layers", 28, least=0)
         return tuple(size if i >= first else None for i in range(layers))
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise ValueError(f"load: layer_types of config.json must be a list of {layers} names")

@@ -75,7 +75,7 @@ def _stack(ours: str, theirs: str, *, gated: bool, cross: bool) -> dict[str, tup
     return {
         **{f"{ours}.blocks.{{}}.{name}": sources for name, sources in names.items()},
         f"{ours}.norm.weight": (f"{theirs}.final_layer_norm.weight",),
-        f"{ours}_bias.table.weight": (bias,),
+        f"{ours}_bias.table": (bias,),
     }
 
 
