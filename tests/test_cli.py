@@ -1,20 +1,27 @@
 """The command line: what works, and the one line that says what does not."""
 
 import errno
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from llmos_fast.cli import main
 from llmos_fast.commands import quickstart
+from llmos_fast.data import load_tokenizer
+from llmos_fast.models import build
 from llmos_fast.training import ModelSettings, Trainer, read_log, resume
 
-COMMANDS = ["quickstart", "train", "evaluate", "generate", "quantize", "info"]
+COMMANDS = ["quickstart", "train", "evaluate", "generate", "chat", "quantize", "info"]
+STORIES = Path("/work/shared/data/models/stories260k")
+BERT = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+BERT |= {"num_attention_heads": 1, "max_position_embeddings": 16}
 SMALL = (
     *("--emsize", "8", "--nhid", "8", "--nlayers", "1", "--epochs", "2"),
     *("--batch-size", "4", "--bptt", "5", "--device", "cpu"),
@@ -46,6 +53,23 @@ def trained(run, text, tmp_path):
     status, _, error = run("train", text, "--output", tmp_path / "run", *SMALL)
     assert (status, error) == (0, "")
     return tmp_path / "run"
+
+
+@pytest.fixture
+def stories():
+    """A trained model of llama2.c, or a loud skip."""
+    path = STORIES / "stories260K.bin"
+    if not path.is_file():
+        pytest.skip(f"NOT CHECKED: {path} is missing")
+    return path
+
+
+@pytest.fixture
+def saved_talker(talker, tmp_path):
+    """The folder of a pretrained model with a chat template."""
+    model, tokenizer = talker
+    model.save(tmp_path / "talker", tokenizer)
+    return tmp_path / "talker"
 
 
 def assert_one_line(result, message, status=1):
@@ -119,7 +143,7 @@ def test_quantize(run, trained):
     assert "validation perplexity" in out
     quantized = trained / "checkpoint-int4"
     config = json.loads((quantized / "config.json").read_text())
-    record = {"scheme": "int4", "group_size": 32, "layers": {}, "embeddings": False}
+    record = {"scheme": "int4", "group_size": 32, "layers": {}, "embeddings": False, "skip": []}
     assert config["quantization"] == record
     assert run("evaluate", quantized, "--batch-size", 2)[0] == 0
     assert run("generate", quantized, "--prompt", "the cat")[0] == 0
@@ -148,6 +172,138 @@ def test_quantize_with_calibration(run, trained, tmp_path):
     assert run("evaluate", tmp_path / "wide", "--batch-size", 2)[0] == 0
     assert run("evaluate", tmp_path / "gptq", "--batch-size", 2)[0] == 0
     assert_one_line(run("quantize", trained, *options, "--bits", 1), "bits must be at least")
+
+
+def test_generate_tells_the_published_story(run, stories):
+    """As run.c of llama2.c does, which stops at the token that begins the next story."""
+    story = (STORIES / "stories260K.md").read_text().split("```")[3].split("\n", 2)[2].strip()
+    command = ("generate", stories, "--temperature", 0, "--length", 256)
+    assert run(*command) == (0, story + "\n", "")
+    assert run(*command, "--draft", "prompt")[1] == story + "\n"
+    assert run(*command, "--draft", stories)[1] == story + "\n"
+    before = story[: story.index("big, red")]
+    assert run(*command, "--stop", "never", "--stop", "big, red")[1] == before + "\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--scheme", "int8"),
+        ("--scheme", "int4", "--group-size", 32),
+        ("--int8-cache",),
+        ("--beams", 3),
+        ("--beams", 2, "--length-penalty", -1),
+        ("--draft", "prompt", "--int8-cache"),
+        ("--repetition-penalty", 1.2, "--min-p", 0.1),
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_generate_in_every_way(run, stories, options):
+    command = ("generate", stories, "--prompt", "Once upon a time", "--length", 16, "--seed", 3)
+    status, out, error = run(*command, *options)
+    assert (status, error) == (0, "")
+    assert out.startswith("Once upon a time,")
+    assert run(*command, *options)[1] == out
+
+
+def test_several_texts(run, stories):
+    command = ("generate", stories, "--prompt", "The", "--length", 12, "--sequences", 3)
+    status, out, _ = run(*command)
+    assert status == 0
+    texts = out.splitlines()
+    assert len(texts) == len(set(texts)) == 3
+    assert all(text.startswith("The") for text in texts)
+
+
+def test_text_is_printed_as_it_is(run, saved_talker):
+    """Neither markup nor emoji are what rich would make of them."""
+    text = "[bold]:smile:[/bold]  x"
+    status, out, _ = run("generate", saved_talker, "--prompt", text, "--length", 0)
+    assert (status, out) == (0, text + "\n")
+
+
+@pytest.mark.parametrize("options", [(), ("--scheme", "int8"), ("--int8-cache", "--system", "Hm")])
+def test_chat(run, saved_talker, monkeypatch, options):
+    command = ("chat", saved_talker, "--temperature", 0, "--length", 9, *options)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nSo what?\n"))
+    status, out, error = run(*command)
+    assert (status, error) == (0, "")
+    answers = out.splitlines()
+    assert len(answers) == 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n\nnever read\n"))
+    assert run(*command)[:2] == (0, answers[0] + "\n")
+
+
+def test_chat_beyond_the_context(run, saved_talker, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi " * 100 + "\n"))
+    assert_one_line(run("chat", saved_talker), "fit the model's context of 256 tokens")
+
+
+def test_quantize_and_evaluate_a_pretrained_model(run, saved_talker, text, tmp_path):
+    options = (text, "--batch-size", 1, "--bptt", 16)
+    status, out, error = run("evaluate", saved_talker, "--text", *options)
+    assert (status, error) == (0, "")
+    assert "perplexity" in out
+    assert run("evaluate", saved_talker, "--scheme", "int8", "--text", *options)[0] == 0
+    folder = tmp_path / "quantized"
+    quantize = ("quantize", saved_talker, "--scheme", "int4", "--group-size", 32)
+    status, out, error = run(*quantize, "--output", folder)
+    assert (status, error) == (0, "")
+    assert "MB" in out
+    assert run("evaluate", folder, "--text", *options)[0] == 0
+    read = run("generate", saved_talker, "--scheme", "int4", "--prompt", "Hi", "--temperature", 0)
+    kept = run("generate", folder, "--prompt", "Hi", "--temperature", 0)
+    assert read[0] == kept[0] == 0
+    assert run(*quantize)[0] == 0
+    assert (tmp_path / "talker-int4" / "tokenizer.json").is_file()
+    assert_one_line(run("quantize", folder), "scheme must be None for a quantized checkpoint")
+    assert_one_line(run(*quantize, "--method", "gptq"), "--method gptq and --bits read the text")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--draft", "nothing/at/all"), "no such checkpoint folder"),
+        (("--draft", "other"), "--draft must name a decoder-only model of one vocabulary"),
+        (("--draft", "prompt", "--repetition-penalty", 2), "repetition_penalty must be 1, got 2"),
+        (("--draft", "prompt", "--beams", 2), "--beams, --draft and --sequences exclude"),
+        (("--sequences", 2, "--beams", 2), "--beams, --draft and --sequences exclude"),
+        (("--sequences", 2, "--draft", "prompt"), "--beams, --draft and --sequences exclude"),
+        (("--scheme", "int3"), "scheme must be one of"),
+        (("--length", 5000), "fit the model's context of 256 tokens"),
+        (("--min-p", 2), "min_p must be in 0..1, got 2"),
+        (("--stop", ""), "texts must not be empty"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_generate_refuses(run, saved_talker, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    if "other" in options:
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        other = build({"model_type": "llama", "vocab_size": 9, "num_hidden_layers": 1} | sizes)
+        other.save(tmp_path / "other", load_tokenizer(saved_talker))
+    assert_one_line(run("generate", saved_talker, *options), message)
+
+
+def test_what_our_own_checkpoints_do_not_do(run, trained):
+    for command in ("generate", "evaluate"):
+        assert_one_line(run(command, trained, "--scheme", "int8"), "--scheme is for pretrained")
+    assert_one_line(run("generate", trained, "--draft", "prompt"), "needs a decoder-only model")
+    assert_one_line(run("chat", trained), "has no chat template")
+
+
+def test_chat_without_a_template(run, saved_talker):
+    path = saved_talker / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["chat_template"]
+    path.write_text(json.dumps(config))
+    assert_one_line(run("chat", saved_talker), "has no chat template; use llmos-fast generate")
+
+
+def test_what_writes_no_text(run, tmp_path):
+    build({"model_type": "bert", **BERT}).save(tmp_path / "bert")
+    for command in ("generate", "evaluate", "chat"):
+        assert_one_line(run(command, tmp_path / "bert"), "which writes no text")
 
 
 def test_info(run, monkeypatch):
@@ -218,7 +374,7 @@ def test_resume_keeps_the_settings(run, trained):
     assert_one_line(result, "lr cannot be combined with --resume")
 
 
-@pytest.mark.parametrize("command", ["evaluate", "generate", "quantize"])
+@pytest.mark.parametrize("command", ["evaluate", "generate", "chat", "quantize"])
 def test_missing_checkpoint(run, tmp_path, command):
     assert_one_line(run(command, tmp_path / "nothing"), "no such checkpoint folder")
 

@@ -136,14 +136,31 @@ def test_ordinary_weights_are_captured(dtype):
         assert torch.equal(replayed, eager)
 
 
-def test_lookups_are_captured_and_checked_at_each_replay():
-    table = quantize(random(20, 64), "int8")
-    captured = capture(lambda ids: ops.quant_embedding(ids, table), torch.tensor([3, 4]))
+@pytest.mark.parametrize(
+    ("lookup", "table", "error"),
+    [
+        (ops.embedding, random(20, 64), ValueError),
+        (ops.quant_embedding, quantize(random(20, 64), "int8"), IndexError),
+    ],
+    ids=["embedding", "quant_embedding"],
+)
+def test_lookups_are_captured_and_checked_at_each_replay(lookup, table, error):
+    captured = capture(lambda ids: lookup(ids, table), torch.tensor([3, 4]))
     ids = torch.tensor([19, 0])
-    assert torch.equal(captured(ids), table.dequantize()[ids])
-    with pytest.raises(IndexError, match=r"ids must be in \[0, 20\), got 20"):
+    expected = lookup(ids, table, impl="reference")
+    assert torch.equal(captured(ids), expected)
+    with pytest.raises(error, match=r"ids must be in \[0, 20\),.* got 20"):
         captured(torch.tensor([0, 20]))
-    assert torch.equal(captured(ids), table.dequantize()[ids])
+    assert torch.equal(captured(ids), expected)
+
+
+def test_a_table_that_is_trained_is_captured():
+    table = torch.nn.Embedding(20, 64)
+    captured = capture(lambda ids: ops.embedding(ids, table.weight), torch.tensor([3, 4]))
+    ids = torch.tensor([19, 0])
+    with torch.no_grad():
+        table.weight.mul_(2)
+    assert torch.equal(captured(ids), table(ids))
 
 
 def test_positions_are_checked_at_each_replay():

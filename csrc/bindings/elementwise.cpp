@@ -1,5 +1,6 @@
 #include "bindings/bindings.h"
 #include "bindings/recording.h"
+#include "cpu/embedding.h"
 #include "cpu/kernels.h"
 
 namespace llmos {
@@ -10,48 +11,38 @@ Dropout dropout_from(Address seed, uint64_t threshold, float scale) {
   return {pointer<const int64_t>(seed), threshold, scale};
 }
 
-void add_norm_forward(Address x, Address residual, Address weight, Address bias, Address norm,
-                      Address total, Address mean, Address rstd, int64_t rows, int64_t columns,
-                      int64_t heads, int64_t seq, int64_t stride_batch, int64_t stride_head,
-                      int64_t stride_seq, int x_type, int type, int weight_type, int bias_type,
-                      bool rms, float eps, Address seed, uint64_t threshold, float scale) {
-  run<AddNormForward>(kernels().add_norm_forward, {pointer<void>(x),
-                                                   pointer<void>(residual),
-                                                   pointer<void>(weight),
-                                                   pointer<void>(bias),
-                                                   pointer<void>(norm),
-                                                   pointer<void>(total),
-                                                   pointer<float>(mean),
-                                                   pointer<float>(rstd),
-                                                   rows,
-                                                   columns,
-                                                   heads,
-                                                   seq,
-                                                   stride_batch,
-                                                   stride_head,
-                                                   stride_seq,
-                                                   DType(x_type),
-                                                   DType(type),
-                                                   DType(weight_type),
-                                                   DType(bias_type),
-                                                   rms,
-                                                   eps,
-                                                   dropout_from(seed, threshold, scale)});
-}
-
 }  // namespace
 
 void bind_elementwise(py::module_& module) {
-  module.def("add_norm_forward", &add_norm_forward, ReleaseGil());
-  // x contiguous, weight and bias in fp32
   module.def(
       "add_norm_forward",
       [](Address x, Address residual, Address weight, Address bias, Address norm, Address total,
-         Address mean, Address rstd, int64_t rows, int64_t columns, int x_type, int type, bool rms,
-         float eps, Address seed, uint64_t threshold, float scale) {
-        add_norm_forward(x, residual, weight, bias, norm, total, mean, rstd, rows, columns, 1, rows,
-                         0, 0, columns, x_type, type, int(DType::f32), int(DType::f32), rms, eps,
-                         seed, threshold, scale);
+         Address mean, Address rstd, int64_t rows, int64_t columns, int64_t heads, int64_t seq,
+         int64_t stride_batch, int64_t stride_head, int64_t stride_seq, int x_type, int type,
+         int weight_type, int bias_type, bool rms, float eps, Address seed, uint64_t threshold,
+         float scale) {
+        run<AddNormForward>(kernels().add_norm_forward, {pointer<void>(x),
+                                                         pointer<void>(residual),
+                                                         pointer<void>(weight),
+                                                         pointer<void>(bias),
+                                                         pointer<void>(norm),
+                                                         pointer<void>(total),
+                                                         pointer<float>(mean),
+                                                         pointer<float>(rstd),
+                                                         rows,
+                                                         columns,
+                                                         heads,
+                                                         seq,
+                                                         stride_batch,
+                                                         stride_head,
+                                                         stride_seq,
+                                                         DType(x_type),
+                                                         DType(type),
+                                                         DType(weight_type),
+                                                         DType(bias_type),
+                                                         rms,
+                                                         eps,
+                                                         dropout_from(seed, threshold, scale)});
       },
       ReleaseGil());
   module.def(
@@ -123,6 +114,14 @@ void bind_elementwise(py::module_& module) {
             kernels().linear_rows,
             {pointer<void>(x), pointer<void>(weight), pointer<void>(bias), pointer<void>(out), rows,
              columns, features, x_stride, weight_stride, DType(type)});
+      },
+      ReleaseGil());
+  module.def(
+      "embedding",
+      [](Address ids, bool wide_ids, Address table, Address out, int64_t count, int64_t rows,
+         int64_t width, int64_t stride, int type) {
+        run<Embedding>(embedding, {Integers{pointer<void>(ids), wide_ids}, pointer<void>(table),
+                                   pointer<void>(out), count, rows, width, stride, DType(type)});
       },
       ReleaseGil());
 }

@@ -273,8 +273,21 @@ def _t5_config(meta: _Metadata) -> dict[str, Any]:
     }
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], Readers, Callable[[], Any] | None]:
-    """The config, the tensors and, where its kind is known, the tokenizer of a file.
+def _closest_scheme(kind: str) -> str | None:
+    """Of ours, to a type of tensors; None for floating point."""
+    bits = re.match(r"Q(\d)", kind)
+    if bits is None:
+        return None
+    if int(bits[1]) > 4:
+        return "int8"
+    # _0 is symmetric, _1 and _K have a minimum of each block
+    return "int4" if kind.endswith("_0") else "int4_asym"
+
+
+def read_gguf(
+    path: Path,
+) -> tuple[dict[str, Any], Readers, dict[str, str], Callable[[], Any] | None]:
+    """The config, the tensors, their schemes and, where its kind is known, the tokenizer of a file.
 
     Raises ValueError where the file is damaged or its architecture is another one than Llama
     (Mistral is one with a window), Qwen2, Qwen3, GPT-2, BERT or T5.
@@ -297,8 +310,13 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Readers, Callable[[], Any] | 
         for name in file.tensors
         if name != "rope_freqs.weight"  # stands in the config
     }
+    schemes = {
+        _rename(meta, name, names): scheme
+        for name, stored in file.tensors.items()
+        if name != "rope_freqs.weight" and (scheme := _closest_scheme(stored.kind)) is not None
+    }
     kind = str(file.values.get("tokenizer.ggml.model"))
-    return config, readers, partial(build_tokenizer, file) if kind in KINDS else None
+    return config, readers, schemes, partial(build_tokenizer, file) if kind in KINDS else None
 
 
 def _rename(meta: _Metadata, name: str, names: Names) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Source:
     config:    as Hugging Face's config.json
     tensors:   Hugging Face's names and layouts; a tensor is touched only when it is asked for
     folder:    where tokenizer files may lie
+    schemes:   for the tensors that the format has quantized, the closest scheme of ours
     tokenizer: builds the tokenizer that the file itself carries, a ``tokenizers.Tokenizer``, and a
                dict of begin_id, end_ids, unknown_id, pad_id, adds_begin and chat_template
     """
@@ -53,6 +54,7 @@ class Source:
     config: dict[str, Any]
     tensors: Mapping[str, Tensor]
     folder: Path | None = None
+    schemes: Mapping[str, str] = field(default_factory=dict)
     tokenizer: Callable[[], tuple[Any, dict[str, Any]]] | None = None
 
 
@@ -92,8 +94,8 @@ def _open_file(path: Path) -> Source:
         config, readers = read_one_file(path)
         return Source(config, LazyTensors(readers), path.parent)
     if path.suffix == ".gguf":
-        config, readers, tokenizer = read_gguf(path)
-        return Source(config, LazyTensors(readers), path.parent, tokenizer)
+        config, readers, schemes, tokenizer = read_gguf(path)
+        return Source(config, LazyTensors(readers), path.parent, schemes, tokenizer)
     if path.suffix in _PICKLED:
         if path.suffix != ".bin" or _is_pickle(path):
             raise _pickled(path, path.parent)

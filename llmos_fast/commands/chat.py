@@ -74,6 +74,6 @@ def chat(
         if not said.strip():
             return
         for piece in conversation.ask(said, length):
-            out.print(piece, end="", markup=False)
+            out.file.write(piece)
             out.file.flush()
         out.print()

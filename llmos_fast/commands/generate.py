@@ -77,6 +77,8 @@ def generate(
     threads: Threads = 0,
 ) -> None:
     """Continue a text."""
+    if (sequences > 1) + (beams > 1) + (draft is not None) > 1:
+        raise ValueError("--beams, --draft and --sequences exclude one another")
     use_machine(device, threads)
     opened = open_model(model, scheme, group_size)
     opened.model.to(device)
@@ -149,7 +151,7 @@ def print_texts(
         for piece in pieces:
             shown = piece if begun else piece.lstrip()
             begun = begun or bool(shown)
-            out.print(shown, end="", markup=False)
+            out.file.write(shown)
             out.file.flush()
         out.print()
         if out.is_terminal:

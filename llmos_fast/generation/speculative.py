@@ -9,7 +9,7 @@ Source: Leviathan et al. 2023 (arXiv 2211.17192); proposals from the prompt: Sax
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -79,7 +79,13 @@ class DraftModel:
 
     def propose(self, tokens: list[int], count: int) -> Proposal:
         """See ``Proposer``."""
-        logits = self._decoder.read([tokens])[0]
+        limit = self._decoder.max_length
+        if limit is not None:
+            # no pass reads the last proposal
+            count = min(count, limit - len(tokens) + 1)
+        if count < 1:
+            return Proposal([])
+        logits = self._decoder.read([tokens])[0].cpu()
         proposed: list[int] = []
         drawn_from = []
         while True:
@@ -92,7 +98,8 @@ class DraftModel:
                 )
             if len(proposed) == count:
                 return Proposal(proposed, torch.stack(drawn_from) if drawn_from else None)
-            logits = self._decoder.step(torch.tensor([proposed[-1:]]))[0, -1]
+            last = torch.tensor([proposed[-1:]], device=self._decoder.cache.device)
+            logits = self._decoder.step(last)[0, -1].cpu()
 
 
 @dataclass
@@ -101,7 +108,6 @@ class Acceptance:
 
     passes: int = 0
     tokens: int = 0
-    per_pass: list[int] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -138,7 +144,7 @@ def speculate(
         return
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
-    accepted = _accept(decoder.read([tokens]), Proposal([]), sampling, generator)
+    accepted = _accept(decoder.read([tokens]).cpu(), Proposal([]), sampling, generator)
     counts = acceptance if acceptance is not None else Acceptance()
     while True:
         counts.passes += 1
@@ -152,8 +158,8 @@ def speculate(
                 return
         room = len(prompt) + length - len(tokens) - 1
         proposal = proposer.propose(tokens, min(draft_tokens, room)) if room else Proposal([])
-        read = torch.tensor([[tokens[-1], *proposal.tokens]])
-        logits = decoder.step(read)[0]
+        read = torch.tensor([[tokens[-1], *proposal.tokens]], device=decoder.cache.device)
+        logits = decoder.step(read)[0].cpu()
         accepted = _accept(logits, proposal, sampling, generator)
         # the cache keeps what stands: all tokens but the last, which no pass has read
         decoder.rewind([len(tokens) + len(accepted) - 1])

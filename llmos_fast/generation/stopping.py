@@ -23,10 +23,11 @@ class StopTexts:
         if self.stopped:
             return ""
         text = self._held + piece
-        found = [at for at in map(text.find, self.texts) if at >= 0]
+        # the first to be complete, however the text was divided
+        found = [(at + len(stop), at) for stop in self.texts if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         hold = max((self._overlap(text, stop) for stop in self.texts), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,15 @@ def load(
     path:   a folder of Hugging Face's (config.json, safetensors) or of ``model.save``, a GGUF file,
             a llama2.c file, or a name of the hub
     dtype:  of the weights that stay floating point; None keeps what the checkpoint has, fp32 for
-            fp16, which CPUs do not multiply, and fp32 with a scheme
+            fp16, which CPUs do not multiply, and fp32 with a scheme. Without dtype and scheme,
+            weights that a GGUF file has quantized get the closest of our schemes, with groups of 32
     scheme: quantize linear layers as they are read, as ``llmos_fast.quantize`` names it; a weight
             is never there twice
     group_size, method: as in ``llmos_fast.quantize``
     embeddings: quantize embeddings, too
     skip:   names of layers that are not quantized; ``*`` matches anything
 
-    Weights that are neither cast nor quantized stay in the file, memory-mapped.
+    Weights that are stored as the model has them stay in the file, memory-mapped.
 
     Raises ValueError for a checkpoint that is damaged, that does not fit its config, or whose
     weights are pickled; FileNotFoundError where there is none.
@@ -66,9 +68,10 @@ def load(
         raise ValueError(f"load: dtype must be a floating-point one, got {dtype}")
     if scheme is not None:
         format_of(scheme)
+    elif dtype is None and source.schemes:
+        return _load_as_stored(build(source.config, "meta"), source).eval()
     stored = source.config.get("quantization_config")
-    with torch.device("meta"):
-        model = build(source.config, "meta")
+    model = build(source.config, "meta")
     if stored is not None:
         if scheme is not None:
             raise ValueError(f"load: scheme must be None for a quantized checkpoint, got {scheme}")
@@ -88,6 +91,37 @@ def load(
     if scheme is not None:
         model.to(reading.dtype)  # what quantized embeddings make
     return model.eval()
+
+
+def _load_as_stored(model: Pretrained, source: Source) -> Pretrained:
+    """A checkpoint that has a scheme for each of its weights, in fp32 what it has none for."""
+    assert model.family is not None
+    family, chosen = model.family, dict[str, str]()
+    for name, _ in model.named_parameters():
+        theirs = [source.schemes.get(family.prefixed(part)) for part in family.sources(name)]
+        known = sorted(scheme for scheme in theirs if scheme is not None)
+        if known:
+            chosen[name] = known[-1]  # int8 comes after int4
+    scheme = Counter(chosen.values()).most_common(1)[0][0]
+    reading, others = _Reading(source, model, torch.float32, True), dict[str, str]()
+    names = {id(p): name for name, p in model.named_parameters()}
+    skip = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and names[id(module.weight)] not in chosen
+    ]
+
+    def quantized(path: str, weight: Tensor) -> QuantizedWeight:
+        name = names[id(weight)]
+        if chosen[name] != scheme:
+            others[path] = chosen[name]
+        return quantize(reading(name, weight, cast=False), chosen[name], 32)
+
+    replace_by_quantized_(model, quantized, quantized, skip)
+    model.quantization = Quantization(scheme, 32, others, True, skip)
+    _fill(model, reading)
+    reading.finish()
+    return model
 
 
 class _Reading:

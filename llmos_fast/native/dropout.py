@@ -29,6 +29,7 @@ def _forward_cpu(x: Tensor, residual: Tensor | None, p: float, seed: Tensor) -> 
     residual = None if residual is None else residual.contiguous()
     total = torch.empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
     columns = x.shape[-1]
+    rows = x.numel() // max(columns, 1)
     _C.add_norm_forward(
         x.data_ptr(),
         address(residual),
@@ -38,10 +39,17 @@ def _forward_cpu(x: Tensor, residual: Tensor | None, p: float, seed: Tensor) -> 
         total.data_ptr(),
         0,
         0,
-        x.numel() // max(columns, 1),
+        rows,
+        columns,
+        1,
+        rows,
+        0,
+        0,
         columns,
         dtype_code(x.dtype),
         dtype_code(total.dtype),
+        0,
+        0,
         False,
         0.0,
         *dropout_arguments(seed, p),

@@ -7,7 +7,9 @@ Nothing is packed ahead: a cache of packed weights would gain 3-5 % from 256 row
 stale where a weight is written through ``.data``.
 
 Few rows read the weight once from memory, whatever the arithmetic: csrc/cpu/linear_rows.inl. On 2
-cores of an AMD Zen 4 it is ahead of both libraries up to 24 rows of fp32 and 48 of bf16.
+cores of an AMD Zen 4 it is ahead of both libraries up to 24 rows of fp32 and 48 of bf16. With all
+of them held to AVX2 or SSE4 (DECISIONS.md), it is ahead or even up to 8 rows, but for one row of
+bf16 on AVX2, and takes 0.5 to 1.4 times as long at 16.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 from llmos_fast.library import differentiable
 from llmos_fast.native.common import _C, address, dtype_code
 
-# below the crossover measured here, which may come earlier on CPUs with narrower vectors
+# one limit for all instruction sets: a captured step and a call of it must give the same bits
 _FEW_ROWS = 16
 
 

@@ -6,6 +6,7 @@ from llmos_fast.ops.attention_decode import attention_decode
 from llmos_fast.ops.attention_weights import attention_weights
 from llmos_fast.ops.cache_write import cache_write
 from llmos_fast.ops.dropout import dropout
+from llmos_fast.ops.embedding import embedding
 from llmos_fast.ops.ffn import ffn
 from llmos_fast.ops.gated_ffn import gated_ffn
 from llmos_fast.ops.linear import linear
@@ -21,6 +22,7 @@ __all__ = [
     "attention_weights",
     "cache_write",
     "dropout",
+    "embedding",
     "ffn",
     "gated_ffn",
     "linear",

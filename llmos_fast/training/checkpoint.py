@@ -98,6 +98,7 @@ class Checkpoint:
                 quantization.group_size,
                 quantization.layers,
                 embeddings=quantization.embeddings,
+                skip=quantization.skip,
             )
         model.load_state_dict(read_tensors(folder / "model.safetensors"))
         return cls(model.eval(), tokenizer, config["text"], config["context"], quantization)

@@ -6,7 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from llmos_fast import dequantize_, load
 from llmos_fast.checkpoints.source import open_source
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -72,6 +74,8 @@ def convert(writer, name, model, kind=None):
             value = value.T
         value = np.ascontiguousarray(value)
         stored = kind if value.ndim == 2 and kind else Type.F32
+        if callable(stored):
+            stored = stored(names.get_name(key, (".weight", ".bias")).removesuffix(".weight"))
         if stored in (Type.F32, Type.F16):
             value = quants.quantize(value, stored)
             writer.add_tensor(names.get_name(key, (".weight", ".bias")), value)
@@ -137,6 +141,43 @@ def test_quantized_weights_are_those_that_were_written(name, kind, written):
         assert tensor.shape == true.shape
         bound = ROUNDING[kind] * true.abs().max() if true.ndim == 2 else 0
         assert (tensor.float() - true).abs().max() <= bound, key
+
+
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2"])
+@pytest.mark.parametrize(
+    ("kind", "scheme", "error"),
+    [("Q8_0", "int8", 2**-7), ("Q4_0", "int4", 2**-9), ("Q4_1", "int4_asym", 0.1)],
+)
+def test_load_keeps_the_bits_of_a_file(name, kind, scheme, error, written, tmp_path):
+    """Q4_0 is int4 but for the scales, which bf16 rounds; minima are not zero points."""
+    _, path = written(name, Type[kind])
+    model, exact = load(path), load(path, dtype=torch.float32)
+    assert (model.quantization.scheme, model.quantization.skip) == (scheme, [])
+    assert not any(type(m) in (nn.Linear, nn.Embedding) for m in model.modules())
+    assert exact.quantization is None
+    restored = dequantize_(model).state_dict()
+    for key, true in exact.state_dict().items():
+        assert (restored[key] - true).norm() <= error * true.norm(), key
+
+
+def test_load_takes_a_scheme_for_each_tensor(written):
+    """Mixtures of llama.cpp keep some tensors in more bits, and others in floating point."""
+
+    def kind_of(name):
+        return {"attn_q": Type.Q8_0, "attn_k": Type.Q8_0, "attn_v": Type.Q8_0}.get(
+            name.split(".")[-1], Type.F16 if name == "output" else Type.Q4_0
+        )
+
+    _, path = written("llama", kind_of)
+    loaded = load(path)
+    assert loaded.quantization.scheme == "int4"
+    assert loaded.quantization.skip == ["head"]
+    assert set(loaded.quantization.layers.values()) == {"int8"}
+    assert all(name.endswith("attention.qkv") for name in loaded.quantization.layers)
+    loaded.save(path.parent / "saved")
+    again = load(path.parent / "saved")
+    ids = torch.arange(5)[None]
+    assert torch.equal(again(ids), loaded(ids))
 
 
 def scales_and_minima(raw):
