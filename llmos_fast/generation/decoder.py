@@ -109,10 +109,10 @@ class CachedDecoder:
         for sequence, new in zip(self.tokens, tokens.tolist(), strict=True):
             sequence += new
         self.cache.extend([tokens.shape[1]] * tokens.shape[0])
-        x, positions = self.model.embed_step(tokens, self.cache)
+        positions = self.cache.positions(tokens.shape[1])
         if self.uncaptured is not None or tokens.shape[1] > _CAPTURED_TOKENS:
-            return self.model.step(x, positions, self.cache)
-        return self._replay(x, positions)
+            return self.model.step(tokens, positions, self.cache)
+        return self._replay(tokens, positions)
 
     def keep(self, rows: Sequence[int]) -> None:
         """See ``Decoder``; sequences share pages until they part."""
@@ -133,19 +133,19 @@ class CachedDecoder:
         device = self.cache.device
         return self.step(torch.tensor([prompt[same:]], device=device))[:, -1]
 
-    def _replay(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _replay(self, tokens: Tensor, positions: Tensor) -> Tensor:
         shape = tuple(positions.shape)
         moves, captured = self._steps.get(shape, (-1, None))
         if captured is not None and moves == self.cache.moves:
-            logits: Tensor = captured(x, positions)
+            logits: Tensor = captured(tokens, positions)
             return logits
         # recordings of where the cache was before would keep that memory
         self._steps = {k: v for k, v in self._steps.items() if v[0] == self.cache.moves}
         try:
-            captured = Captured(lambda x, p: self.model.step(x, p, self.cache), x, positions)
+            captured = Captured(lambda t, p: self.model.step(t, p, self.cache), tokens, positions)
         except ValueError as error:
             self.uncaptured = str(error)
-            return self.model.step(x, positions, self.cache)
+            return self.model.step(tokens, positions, self.cache)
         self._steps[shape] = (self.cache.moves, captured)
         return captured.outputs  # type: ignore[no-any-return]
 

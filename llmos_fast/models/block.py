@@ -102,10 +102,18 @@ class Stack(nn.Module):
             None if config.rotary is None else RotaryAngles(config.rotary, config.max_length)
         )
 
-    def forward(self, x: Tensor, sequences: Sequences, memory: Memory | None = None) -> Tensor:
-        """Float[batch seq width] -> Float[batch seq width], normalised."""
+    def forward(
+        self,
+        x: Tensor,
+        sequences: Sequences,
+        memory: Memory | None = None,
+        update: Tensor | None = None,
+    ) -> Tensor:
+        """Float[batch seq width] -> Float[batch seq width], normalised.
+
+        update: is added to ``x`` by the first norm
+        """
         angles = self._angles_for(x, sequences)
-        update = None
         for block in self.blocks:
             x, update = block(x, update, sequences, angles, memory)
         if self.norm is None or update is None:

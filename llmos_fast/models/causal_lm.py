@@ -107,27 +107,26 @@ class CausalLM(Pretrained, LanguageModel):
         last = torch.tensor(packed.offsets[1:], device=device) - 1
         return self._project(x[0, last])
 
-    def embed_step(self, tokens: Tensor, cache: PagedCache) -> tuple[Tensor, Tensor]:
-        """What ``step`` starts from: (embedded tokens, positions) of the newest of each sequence.
-
-        tokens: Int[batch seq]; the cache counts them already
-        """
-        seq = tokens.shape[1]
-        positions = cache.lengths[:, None] - seq + torch.arange(seq, device=tokens.device)
-        return self._embed(tokens, positions), positions
-
-    def step(self, x: Tensor, positions: Tensor, cache: PagedCache) -> Tensor:
+    def step(self, tokens: Tensor, positions: Tensor, cache: PagedCache) -> Tensor:
         """Logits after each of the newest tokens: Float[batch seq vocabulary].
 
-        x, positions: from ``embed_step``
+        tokens:    Int[batch seq]; the cache counts them already
+        positions: Int64[batch seq], of ``cache.positions``
 
         Native ops only where the kernels take the weights, so that ``capture`` can record it.
         """
-        return self._project(self.stack(x, Continued(cache, positions)))
+        x = plain.embedding(self.embedding, tokens)
+        # a sum of its own would be torch's: the first norm adds
+        update = (
+            plain.embedding(self.positions, positions) if self.config.learned_positions else None
+        )
+        return self._project(self.stack(x, Continued(cache, positions), update=update))
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x: Tensor = self.embedding(tokens)
-        return x + self.positions(positions) if self.config.learned_positions else x
+        x = plain.embedding(self.embedding, tokens)
+        if not self.config.learned_positions:
+            return x
+        return x + plain.embedding(self.positions, positions)
 
     def _project(self, hidden: Tensor) -> Tensor:
         return plain.linear(self.head, hidden)

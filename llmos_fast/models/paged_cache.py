@@ -132,6 +132,10 @@ class PagedCache:
         self._lengths = [self._lengths[row] for row in rows]
         self._publish()
 
+    def positions(self, seq: int) -> Tensor:
+        """Int64[batch seq], of the newest ``seq`` tokens of each sequence."""
+        return self.lengths[:, None] + torch.arange(-seq, 0, device=self.device)
+
     def write(self, layer: int, key: Tensor, value: Tensor, row: int | None = None) -> None:
         """Keep the newest tokens of all sequences, or of sequence ``row``.
 

@@ -49,6 +49,19 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)  # type: ignore[no-any-return]
 
 
+def embedding(module: nn.Module, ids: Tensor) -> Tensor:
+    """``module(ids)`` for an embedding or what stands in its place."""
+    if (
+        is_plain(module, nn.Embedding)
+        and module.padding_idx is None
+        and module.max_norm is None
+        and not module.sparse
+        and not module.scale_grad_by_freq
+    ):
+        return ops.embedding(ids, module.weight)
+    return module(ids)  # type: ignore[no-any-return]
+
+
 def norm(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)`` for a normalisation layer or what stands in its place."""
     if _is_row_norm(module):

@@ -156,6 +156,14 @@ def test_sequences_end_at_stop_ids(tiny):
     assert streamed == expected[0][:-1]
 
 
+def test_what_occurred_stays_with_its_sequence_when_others_end(tiny):
+    model, sampling = tiny(), Sampling(temperature=0.0, repetition_penalty=1.7)
+    stop_ids = [generate(model, PROMPTS, 20, sampling=sampling)[0][2]]
+    options = {"sampling": sampling, "stop_ids": stop_ids}
+    together = generate(model, PROMPTS, 20, **options)
+    assert together == [generate(model, [prompt], 20, **options)[0] for prompt in PROMPTS]
+
+
 def test_a_sequence_that_is_finished_gets_no_more(tiny):
     model = tiny()
     whole = generate(model, PROMPTS, 6)

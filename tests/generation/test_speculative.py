@@ -43,6 +43,7 @@ class Random:
 
     def propose(self, tokens, count):
         logits = torch.randn(count, self.vocabulary, generator=self.generator)
+        logits += torch.linspace(1.5, -1.5, self.vocabulary)
         if self.certain:
             return Proposal(logits.argmax(-1).tolist())
         drawn_from = logits.softmax(-1)
@@ -102,7 +103,8 @@ def test_what_prompt_lookup_proposes():
     assert lookup.propose([1, 2, 3, 4, 1, 2], 3).tokens == [3, 4, 1]
     assert lookup.propose([1, 2, 3, 4, 1, 2, 9], 3).tokens == []
     assert lookup.propose([1, 2, 3, 4, 1, 2, 9, 1, 2], 9).tokens == [9, 1, 2]  # the last time
-    assert lookup.propose([1, 2, 3, 4, 1, 2, 9, 1, 2, 3, 4], 1).tokens == [1]  # the longest match
+    longest = PromptLookup(longest=3, shortest=2)
+    assert longest.propose([1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3], 1).tokens == [7]
 
 
 def test_how_a_model_is_its_own_draft(model):
