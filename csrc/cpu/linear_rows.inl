@@ -78,28 +78,34 @@ LLMOS_INLINE F linear_tile(int64_t rows, const T* x, int64_t x_stride, const T* 
   return lane_sums(all);
 }
 
+// The rows of a tile stand a quarter of the weight apart: each thread then reads four streams that
+// go on from tile to tile, where four rows that follow one another are one (bf16, rows of 1.5 KB:
+// 35 instead of 23 GB/s).
 template <typename T>
 static void linear_rows_of(const LinearRows& call) {
   const T* bias = static_cast<const T*>(call.bias);
+  const int64_t tiles = (call.columns + kTileWeights - 1) / kTileWeights;
 #pragma omp parallel for schedule(static) if (call.columns * call.features > kWorthThreads)
-  for (int64_t first = 0; first < call.columns; first += kTileWeights) {
-    const int64_t left = call.columns - first, columns = left < kTileWeights ? left : kTileWeights;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
     const T* weight[kTileWeights];
-    for (int64_t c = 0; c < kTileWeights; ++c)  // a short tile repeats a row
-      weight[c] =
-          static_cast<const T*>(call.weight) + (first + (c < columns ? c : 0)) * call.weight_stride;
-    F offset = bias ? load(bias + first, columns) : F{};
+    float offsets[kLanes] = {};
+    for (int c = 0; c < kTileWeights; ++c) {
+      const int64_t column = tile + c * tiles;  // a short tile repeats a row
+      weight[c] = static_cast<const T*>(call.weight) +
+                  (column < call.columns ? column : tile) * call.weight_stride;
+      if (bias && column < call.columns) offsets[c] = load(bias + column, 1)[0];
+    }
+    F offset = load(offsets, kLanes);
     offset = __builtin_shufflevector(offset, offset, LLMOS_LANES(LLMOS_MODULO, kTileWeights));
     for (int64_t row = 0; row < call.rows; row += kTileInputs) {
       const T* x = static_cast<const T*>(call.x) + row * call.x_stride;
-      T* out = static_cast<T*>(call.out) + row * call.columns + first;
+      T* out = static_cast<T*>(call.out) + row * call.columns + tile;
       T sums[kLanes];
-      store(sums,
-            offset + linear_tile<kTileInputs>(call.rows - row, x, call.x_stride, weight,
-                                              kTileWeights * call.weight_stride, call.features));
+      store(sums, offset + linear_tile<kTileInputs>(call.rows - row, x, call.x_stride, weight,
+                                                    call.weight_stride, call.features));
       for (int64_t m = 0; m < kTileInputs && m < call.rows - row; ++m)
-        for (int64_t c = 0; c < columns; ++c)
-          out[m * call.columns + c] = sums[m * kTileWeights + c];
+        for (int64_t c = 0; c < kTileWeights && tile + c * tiles < call.columns; ++c)
+          out[m * call.columns + c * tiles] = sums[m * kTileWeights + c];
     }
   }
 }
