@@ -197,7 +197,6 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, hides: bool) -> str | Non
     return reason
 
 
-@torch.compiler.assume_constant_result  # what is traced below are constants, not tensors
 def _refusal(
     device: torch.device, dtype: torch.dtype, head_dim: int, hides: bool, kernels: tuple[str, ...]
 ) -> str | None:
@@ -216,6 +215,11 @@ def _refusal(
             )
     _admitted.add(kind)
     return None
+
+
+# torch.compiler.assume_constant_result (what is traced above are constants, not tensors) without
+# its import of the compiler, which takes 0.9 s and 75 MB
+_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def name(variant: Variant) -> str:

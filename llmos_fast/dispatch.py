@@ -26,6 +26,8 @@ FOLDERS = {"native": "native", "triton": "kernels", "reference": "reference"}
 _REGISTRY: dict[str, tuple[Implementation, ...]] = {}
 _forced: str | None = os.environ.get("LLMOS_FAST_IMPL") or None
 _explaining = False
+# without it nothing reaches Triton, whose import takes 75 MB
+_CUDA = torch.version.cuda is not None
 
 
 class Implementation(NamedTuple):
@@ -57,6 +59,8 @@ def implementations(op: str, *names: str) -> tuple[Implementation, ...]:
 
 
 def _load(op: str, name: str) -> Implementation:
+    if name == "triton" and not (_CUDA or os.environ.get("TRITON_INTERPRET") == "1"):
+        return Implementation(name, None, "needs a torch with CUDA, and this one has none")
     path = f"llmos_fast.{FOLDERS[name]}.{op}"
     try:
         return Implementation(name, importlib.import_module(path), "")

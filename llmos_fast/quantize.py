@@ -309,8 +309,14 @@ def interleave(gate: QuantizedWeight, up: QuantizedWeight) -> QuantizedWeight:
         )
     n, k = gate.shape
     pairs = zip(gate.tensors().values(), up.tensors().values(), strict=True)
-    parts = (torch.stack(pair, dim=1).flatten(0, 1) for pair in pairs)
-    return _with_parts(gate, parts, (2 * n, k))
+    return _with_parts(gate, (_in_turn(*pair) for pair in pairs), (2 * n, k))
+
+
+def _in_turn(first: Tensor, second: Tensor) -> Tensor:
+    """Rows of both in turn; not torch.stack, which imports torch's compiler for "meta" tensors."""
+    rows = first.new_empty((2 * first.shape[0], *first.shape[1:]))
+    rows[0::2], rows[1::2] = first, second
+    return rows
 
 
 def separate(pair: QuantizedWeight) -> tuple[QuantizedWeight, QuantizedWeight]:

@@ -113,6 +113,11 @@ class _Recorder(TorchDispatchMode):
         self._alive: list[Tensor] = []
         self._inside_kernel = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would wrap what follows, which imports its compiler: 1 s and 130 MB
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llmos_fast.checkpoints import Source, open_source
 from llmos_fast.checkpoints.safetensors_folder import WHOLE
@@ -69,9 +70,9 @@ def load(
     if scheme is not None:
         format_of(scheme)
     elif dtype is None and source.schemes:
-        return _load_as_stored(build(source.config, "meta"), source).eval()
+        return _load_as_stored(_unfilled(source), source).eval()
     stored = source.config.get("quantization_config")
-    model = build(source.config, "meta")
+    model = _unfilled(source)
     if stored is not None:
         if scheme is not None:
             raise ValueError(f"load: scheme must be None for a quantized checkpoint, got {scheme}")
@@ -91,6 +92,24 @@ def load(
     if scheme is not None:
         model.to(reading.dtype)  # what quantized embeddings make
     return model.eval()
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves parameters as they are: torch's way to draw them on "meta" imports its compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _unfilled(source: Source) -> Pretrained:
+    """The model of a checkpoint, of which no parameter has memory."""
+    with _NothingDrawn():
+        return build(source.config, "meta")
 
 
 def _load_as_stored(model: Pretrained, source: Source) -> Pretrained:

@@ -43,7 +43,9 @@ class RotaryAngles:
         if cos is None or sin is None or cos.shape[0] < rows or of != stretched:
             with torch.inference_mode(False), torch.no_grad():  # autograd will save them later
                 frequency, magnitude = self._frequencies(stretched)
-                angle = torch.outer(torch.arange(rows, dtype=torch.float32), frequency)
+                angle = torch.outer(
+                    torch.arange(rows, dtype=torch.float32, device="cpu"), frequency
+                )
                 cos = (angle.cos() * magnitude).to(device)
                 sin = (angle.sin() * magnitude).to(device)
             self._tables[device] = stretched, cos, sin
@@ -55,7 +57,7 @@ class RotaryAngles:
         if self.kind == "dynamic" and length > self._original:
             factor = self._number("factor")
             base *= (factor * length / self._original - (factor - 1)) ** (dim / max(dim - 2, 1))
-        plain = base ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        plain = base ** -(torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
         if self.kind == "linear":
             return plain / self._number("factor"), 1.0
         if self.kind == "llama3":
@@ -85,7 +87,9 @@ class RotaryAngles:
         if self.rotary.scaling.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+        ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(
+            high - low, 0.001
+        )
         kept = 1 - ramp.clamp(0, 1)
         return plain / factor * (1 - kept) + plain * kept, self._yarn_magnitude(factor)
 
