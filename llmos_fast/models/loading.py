@@ -69,27 +69,21 @@ def load(
         raise ValueError(f"load: dtype must be a floating-point one, got {dtype}")
     if scheme is not None:
         format_of(scheme)
-    elif dtype is None and source.schemes:
-        return _load_as_stored(_unfilled(source), source).eval()
     stored = source.config.get("quantization_config")
     model = _unfilled(source)
     if stored is not None:
         if scheme is not None:
             raise ValueError(f"load: scheme must be None for a quantized checkpoint, got {scheme}")
         return _load_quantized(model, source, stored, dtype).eval()
-    reading = _Reading(source, model, dtype, scheme is not None)
+    schemes = _stored_schemes(source, model) if scheme is None and dtype is None else {}
     if scheme is not None:
-
-        def quantized(name: str, weight: Tensor) -> QuantizedWeight:
-            read = reading(names[id(weight)], weight, cast=False)
-            return quantize(read, scheme, group_size, method)
-
-        names = {id(p): name for name, p in model.named_parameters()}
-        replace_by_quantized_(model, quantized, quantized if embeddings else None, skip)
-        model.quantization = Quantization(scheme, group_size, {}, embeddings, list(skip))
+        schemes = {name: scheme for name, _ in model.named_parameters()}
+    reading = _Reading(source, model, dtype, bool(schemes))
+    if schemes:
+        _quantize_unread(model, reading, schemes, group_size, method, embeddings, skip)
     _fill(model, reading)
     reading.finish()
-    if scheme is not None:
+    if schemes:
         model.to(reading.dtype)  # what quantized embeddings make
     return model.eval()
 
@@ -112,35 +106,45 @@ def _unfilled(source: Source) -> Pretrained:
         return build(source.config, "meta")
 
 
-def _load_as_stored(model: Pretrained, source: Source) -> Pretrained:
-    """A checkpoint that has a scheme for each of its weights, in fp32 what it has none for."""
+def _stored_schemes(source: Source, model: Pretrained) -> dict[str, str]:
+    """By our parameters' names, the schemes of what the checkpoint has quantized."""
     assert model.family is not None
-    family, chosen = model.family, dict[str, str]()
+    family, schemes = model.family, dict[str, str]()
     for name, _ in model.named_parameters():
         theirs = [source.schemes.get(family.prefixed(part)) for part in family.sources(name)]
         known = sorted(scheme for scheme in theirs if scheme is not None)
         if known:
-            chosen[name] = known[-1]  # int8 comes after int4
-    scheme = Counter(chosen.values()).most_common(1)[0][0]
-    reading, others = _Reading(source, model, torch.float32, True), dict[str, str]()
+            schemes[name] = known[-1]  # of parts that differ int8, which comes after int4
+    return schemes
+
+
+def _quantize_unread(
+    model: Pretrained,
+    reading: _Reading,
+    schemes: Mapping[str, str],
+    group_size: int,
+    method: str,
+    embeddings: bool,
+    skip: Sequence[str],
+) -> None:
+    """Quantized layers in the place of those in ``schemes``; a weight is read when it is rounded."""
     names = {id(p): name for name, p in model.named_parameters()}
-    skip = [
+    usual, others = Counter(schemes.values()).most_common(1)[0][0], dict[str, str]()
+    float_layers = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding) and names[id(module.weight)] not in chosen
+        if isinstance(module, nn.Linear | nn.Embedding) and names[id(module.weight)] not in schemes
     ]
+    skip = [*skip, *float_layers]
 
     def quantized(path: str, weight: Tensor) -> QuantizedWeight:
         name = names[id(weight)]
-        if chosen[name] != scheme:
-            others[path] = chosen[name]
-        return quantize(reading(name, weight, cast=False), chosen[name], 32)
+        if schemes[name] != usual:
+            others[path] = schemes[name]
+        return quantize(reading(name, weight, cast=False), schemes[name], group_size, method)
 
-    replace_by_quantized_(model, quantized, quantized, skip)
-    model.quantization = Quantization(scheme, 32, others, True, skip)
-    _fill(model, reading)
-    reading.finish()
-    return model
+    replace_by_quantized_(model, quantized, quantized if embeddings else None, skip)
+    model.quantization = Quantization(usual, group_size, others, embeddings, skip)
 
 
 class _Reading:
