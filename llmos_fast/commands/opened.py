@@ -26,10 +26,12 @@ class Opened:
     context: int | None
 
 
-def is_ours(folder: Path) -> bool:
-    """Whether ``folder`` is a checkpoint of ``llmos-fast train``."""
-    config = folder / "config.json"
-    return config.is_file() and "model_type" not in read_json(config)
+def is_pretrained(path: Path) -> bool:
+    """Whether ``load`` takes it: no checkpoint of ``llmos-fast train``, and there or on the hub."""
+    config = path / "config.json"
+    if config.is_file():
+        return "model_type" in read_json(config)
+    return path.exists() or len(path.parts) == 2
 
 
 def open_model(path: Path, scheme: str | None = None, group_size: int = 32) -> Opened:
@@ -40,7 +42,7 @@ def open_model(path: Path, scheme: str | None = None, group_size: int = 32) -> O
     Raises ValueError for models that write no text.
     """
     folder = find_checkpoint(path)
-    if is_ours(folder) or not (folder.exists() or len(folder.parts) == 2):
+    if not is_pretrained(folder):
         if scheme is not None:
             raise ValueError(f"--scheme is for pretrained models; use llmos-fast quantize {path}")
         checkpoint = Checkpoint.load(folder)

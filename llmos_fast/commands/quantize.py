@@ -11,7 +11,7 @@ from typing import Annotated
 from torch import Tensor
 from typer import Option
 
-from llmos_fast.commands.opened import is_ours
+from llmos_fast.commands.opened import is_pretrained
 from llmos_fast.commands.options import AnyModel, find_checkpoint
 from llmos_fast.commands.terminal import console, megabytes, print_table
 from llmos_fast.data import encode_lines, load_tokenizer, open_corpus, windows
@@ -52,7 +52,7 @@ def quantize(
     """Store the weights of a model's linear layers in 8 or 4 bits."""
     source = find_checkpoint(checkpoint)
     target = output or source.with_name(f"{source.name}-{scheme}")
-    if source.exists() and not is_ours(source):
+    if is_pretrained(source):
         _quantize_pretrained(source, target, scheme, group_size, method, bits, embeddings)
         return
     loaded = Checkpoint.load(source)

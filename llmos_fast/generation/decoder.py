@@ -59,6 +59,9 @@ def decoder_of(
     model.eval()
     if isinstance(model, CausalLM):
         return CachedDecoder(model, cache_dtype)
+    if cache_dtype is not None:
+        kind = type(model).__name__
+        raise ValueError(f"generate: cache_dtype must be None for a {kind}, got {cache_dtype}")
     if isinstance(model, EncoderDecoder):
         return Seq2SeqDecoder(model)
     return WindowDecoder(model, context)

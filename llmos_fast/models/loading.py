@@ -127,7 +127,7 @@ def _quantize_unread(
     embeddings: bool,
     skip: Sequence[str],
 ) -> None:
-    """Quantized layers in the place of those in ``schemes``; a weight is read when it is rounded."""
+    """Quantized layers in the place of those in ``schemes``; weights are read one by one."""
     names = {id(p): name for name, p in model.named_parameters()}
     usual, others = Counter(schemes.values()).most_common(1)[0][0], dict[str, str]()
     float_layers = [
