@@ -2,6 +2,11 @@
 
 import os
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # processes that wait for one another's threads take several times as long
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
 import numpy as np
 import pytest
 import torch
