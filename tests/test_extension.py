@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmos_fast import _C, ops
-
+from llmos_fast import _C
 
 OPENMP_RUNTIMES = """
 import torch
