@@ -143,9 +143,10 @@ def print_texts(
 ) -> None:
     """Print the prompt with each text, as its tokens come, and on a terminal the rate."""
     out, read = console(), () if isinstance(opened.model, EncoderDecoder) else prompt
+    silent = stop_ids_of(opened.tokenizer)
     for tokens in texts:
         started, counted = time.perf_counter(), _Counted(tokens)
-        spoken = (t for t in counted if t not in stop_ids_of(opened.tokenizer))
+        spoken = (t for t in counted if t not in silent)
         pieces = stream_text(spoken, opened.tokenizer, stop, read)
         begun = False
         for piece in pieces:

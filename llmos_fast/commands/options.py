@@ -12,7 +12,6 @@ from llmos_fast.checkpoints.storage import current_folder
 
 Device = Annotated[str, Option(help="Where to compute: cpu, cuda or cuda:N.")]
 Threads = Annotated[int, Option(help="CPU threads; 0 leaves the choice to PyTorch.", min=0)]
-CheckpointFolder = Annotated[Path, Argument(help="A checkpoint folder, or the folder of a run.")]
 AnyModel = Annotated[
     Path,
     Argument(

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmos_fast import ops
 from llmos_fast.models.block import Stack, initialize_
 from llmos_fast.models.config import ModelConfig
-from llmos_fast.models.language_model import LanguageModel
+from llmos_fast.models.language_model import LanguageModel, loss_in_blocks
 from llmos_fast.models.paged_cache import PagedCache
 from llmos_fast.models.pretrained import Pretrained
 from llmos_fast.models.sequences import Batch, Continued, Packed
 from llmos_fast.nn import plain
-
-_BLOCK_LOGITS = 2**20  # 4 MiB
 
 
 class CausalLM(Pretrained, LanguageModel):
@@ -76,10 +73,7 @@ class CausalLM(Pretrained, LanguageModel):
         hidden = self.hidden(tokens)
         if plain.is_plain(self.head, nn.Linear):
             return ops.linear_cross_entropy(hidden, self.head.weight, targets, self.head.bias)
-        rows = max(1, _BLOCK_LOGITS // self.config.vocabulary)
-        pairs = zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
-        losses = [F.cross_entropy(self.head(h).float(), t, reduction="sum") for h, t in pairs]
-        return torch.stack(losses).sum() / (targets != -100).sum()
+        return loss_in_blocks(self.head, hidden, targets, self.config.vocabulary)
 
     def new_cache(self, dtype: torch.dtype | None = None, tokens: int = 256) -> PagedCache:
         """An empty cache; ``dtype`` is the model's or int8, ``tokens`` how many to expect."""

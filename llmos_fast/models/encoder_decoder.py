@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llmos_fast import ops
 from llmos_fast.models.block import Memory, Stack, initialize_
 from llmos_fast.models.config import ModelConfig
+from llmos_fast.models.language_model import loss_in_blocks
 from llmos_fast.models.pretrained import Pretrained
 from llmos_fast.models.sequences import Batch, Decoded
 from llmos_fast.nn import Cache, plain
@@ -101,8 +102,7 @@ class EncoderDecoder(Pretrained):
         hidden = self._decode(target, self.encode(tokens, mask))
         if plain.is_plain(self.head, nn.Linear):
             return ops.linear_cross_entropy(self._scaled(hidden), self.head.weight, labels)
-        logits = self._project(hidden).flatten(0, 1).float()
-        return nn.functional.cross_entropy(logits, labels.flatten())
+        return loss_in_blocks(self._project, hidden, labels, self.config.vocabulary)
 
     def step(self, tokens: Tensor, memory: Memory, cache: Cache) -> Tensor:
         """Logits after each of the next ``tokens: Int[batch seq]``: Float[batch seq vocabulary].

@@ -114,6 +114,16 @@ class Reader:
             raise ValueError(f"load: {name} of config.json must be {rule}, got {_short(value)}")
         return value
 
+    def heads(self, width: str, heads: str, default: tuple[int, int]) -> tuple[int, int, int]:
+        """(width, heads, features of a head), of heads that divide the width."""
+        features, count = self.integer(width, default[0]), self.integer(heads, default[1])
+        if features % count:
+            raise ValueError(
+                f"load: {width} of config.json must be a multiple of {heads}, "
+                f"got {features} and {count}"
+            )
+        return features, count, features // count
+
     def number(self, name: str, default: float | None = None) -> float:
         """A number."""
         value = self._config.get(name)

@@ -16,7 +16,6 @@ from llmos_fast.checkpoints.safetensors_folder import WHOLE
 from llmos_fast.checkpoints.storage import current_folder, read_tensors
 from llmos_fast.models.families import family_of
 from llmos_fast.models.pretrained import METHOD, Pretrained, Quantization
-from llmos_fast.nn import empty_quantized_
 from llmos_fast.nn.quantize_model import replace_by_quantized_
 from llmos_fast.quantize import QuantizedWeight, format_of, quantize
 
@@ -237,14 +236,7 @@ def _load_quantized(
         raise ValueError(f"load: dtype of config.json must be in {', '.join(named)}, got {name!r}")
     try:
         quantization = Quantization(**{k: v for k, v in stored.items() if k != "quant_method"})
-        empty_quantized_(
-            model,
-            quantization.scheme,
-            quantization.group_size,
-            quantization.layers,
-            embeddings=quantization.embeddings,
-            skip=quantization.skip,
-        )
+        quantization.empty_(model)
         model.load_state_dict(read_tensors(source.folder / WHOLE), assign=True)
     except (TypeError, AttributeError, RuntimeError, UnicodeDecodeError) as error:
         raise ValueError(f"load: {source.folder} is damaged: {error}") from error

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llmos_fast.checkpoints.storage import replace_folder, write_json, write_tensors
 from llmos_fast.models.config import ModelConfig
 from llmos_fast.models.family import Family
+from llmos_fast.nn import empty_quantized_
 
 METHOD = "llmos_fast"  # "quant_method" of our quantized checkpoints
 _SHARD_BYTES = 5 * 10**9
@@ -42,6 +43,17 @@ class Quantization:
             raise ValueError(f"Quantization: embeddings must be a bool, got {self.embeddings!r}")
         if not isinstance(self.skip, list) or not all(isinstance(name, str) for name in self.skip):
             raise ValueError(f"Quantization: skip must be a list of names, got {self.skip!r}")
+
+    def empty_(self, model: nn.Module) -> None:
+        """Quantize ``model`` so, in place, with weights of zeros for ``load_state_dict``."""
+        empty_quantized_(
+            model,
+            self.scheme,
+            self.group_size,
+            self.layers,
+            embeddings=self.embeddings,
+            skip=self.skip,
+        )
 
 
 class Pretrained(nn.Module):

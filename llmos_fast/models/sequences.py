@@ -65,12 +65,14 @@ class Packed:
     offsets:   where each sequence begins, and the end: starts with 0
     causal:    a token sees itself and what precedes it
     positions: Int64[1 total] in each sequence
+    starts:    Int32[sequences + 1], the offsets where the model is
     cache:     where keys and values are kept; room for them is there already
     """
 
     offsets: list[int]
     causal: bool
     positions: Tensor
+    starts: Tensor
     cache: PagedCache | None = None
 
     @property
@@ -87,7 +89,8 @@ class Packed:
         for length in lengths:
             offsets.append(offsets[-1] + length)
         positions = torch.cat([torch.arange(length) for length in lengths])
-        return cls(offsets, causal, positions[None].to(device), cache)
+        starts = torch.tensor(offsets, dtype=torch.int32, device=device)
+        return cls(offsets, causal, positions[None].to(device), starts, cache)
 
     def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Float[1 heads total head_dim] of each -> the same of the queries."""
@@ -97,9 +100,8 @@ class Packed:
         if len(self.offsets) == 2:
             out: Tensor = ops.attention(q, k, v, causal=self.causal, **options)  # type: ignore[assignment]
             return out
-        starts = torch.tensor(self.offsets, dtype=torch.int32, device=q.device)
         rows = [t[0].transpose(0, 1) for t in (q, k, v)]
-        cu_seqlens = (starts, starts, self.longest, self.longest)
+        cu_seqlens = (self.starts, self.starts, self.longest, self.longest)
         packed: Tensor = ops.attention(  # type: ignore[assignment]
             *rows, cu_seqlens=cu_seqlens, causal=self.causal, **options
         )

@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmos_fast import ops
-from llmos_fast.models.language_model import LanguageModel
+from llmos_fast.models.language_model import LanguageModel, loss_in_blocks
 from llmos_fast.models.positional_encoding import PositionalEncoding
 from llmos_fast.nn import TransformerEncoder, TransformerEncoderLayer
-
-_BLOCK_LOGITS = 2**20  # 4 MiB
 
 
 class TransformerModel(LanguageModel):
@@ -100,16 +96,7 @@ class TransformerModel(LanguageModel):
         hidden = self.hidden(tokens)
         if isinstance(self.decoder, nn.Linear):
             return ops.linear_cross_entropy(hidden, self.decoder.weight, targets, self.decoder.bias)
-        return self._quantized_loss(hidden.flatten(0, 1), targets.flatten())
-
-    def _quantized_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The loss through a projection that is called, in blocks whose logits stay in cache."""
-        rows = max(1, _BLOCK_LOGITS // self.arguments["ntoken"])
-        losses = [
-            F.cross_entropy(self.decoder(h).float(), t, reduction="sum")
-            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
-        ]
-        return torch.stack(losses).sum() / (targets != -100).sum()
+        return loss_in_blocks(self.decoder, hidden, targets, self.arguments["ntoken"])
 
 
 def _check_sizes(

@@ -83,7 +83,7 @@ def feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
     name = activation_name(activation)
     if "gate_up" in modules:
         hidden = modules["gate_up"](x, activation=name, gated=True)  # type: ignore[misc]
-        return plain.linear(linear2, _dropped(dropout, hidden))
+        return plain.linear(linear2, plain.dropout(dropout, hidden))
     linear1, linear_up = modules["linear1"], modules.get("linear_up")
     assert linear1 is not None
     linears = (linear1, linear2) if linear_up is None else (linear1, linear2, linear_up)
@@ -99,14 +99,7 @@ def feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
         hidden = activation(plain.linear(linear1, x))
     if linear_up is not None:
         hidden = hidden * plain.linear(linear_up, x)
-    return plain.linear(linear2, _dropped(dropout, hidden))
-
-
-def _dropped(dropout: nn.Module, x: Tensor) -> Tensor:
-    """``dropout(x)``, which is ``x`` itself where nothing is dropped: a capture takes no copies."""
-    if plain.is_plain(dropout, *plain.DROPOUT) and plain.dropout_probability(dropout) == 0.0:
-        return x
-    return dropout(x)  # type: ignore[no-any-return]
+    return plain.linear(linear2, plain.dropout(dropout, hidden))
 
 
 def _fused(

@@ -69,6 +69,13 @@ def norm(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)  # type: ignore[no-any-return]
 
 
+def dropout(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``, which is ``x`` itself where nothing is dropped: a capture takes no copies."""
+    if is_plain(module, *DROPOUT) and dropout_probability(module) == 0.0:
+        return x
+    return module(x)  # type: ignore[no-any-return]
+
+
 def dropout_add(dropout: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """Return residual + dropout(x)."""
     if is_plain(dropout, *DROPOUT):

@@ -16,7 +16,6 @@ from llmos_fast.checkpoints.storage import (
 )
 from llmos_fast.data import BytePairTokenizer, Tokenizer, Vocabulary
 from llmos_fast.models import Quantization, TransformerModel
-from llmos_fast.nn import empty_quantized_
 
 _FORMAT = "llmos_fast.checkpoint"
 _VERSION = 1
@@ -92,13 +91,6 @@ class Checkpoint:
         quantization = None
         if config["quantization"] is not None:
             quantization = Quantization(**config["quantization"])
-            empty_quantized_(
-                model,
-                quantization.scheme,
-                quantization.group_size,
-                quantization.layers,
-                embeddings=quantization.embeddings,
-                skip=quantization.skip,
-            )
+            quantization.empty_(model)
         model.load_state_dict(read_tensors(folder / "model.safetensors"))
         return cls(model.eval(), tokenizer, config["text"], config["context"], quantization)

@@ -21,12 +21,7 @@ _HEADS = {
 def _config(hf: dict[str, Any]) -> ModelConfig:
     read = Reader(hf)
     read.unsupported(position_embedding_type="absolute", is_decoder=False)
-    width, heads = read.integer("hidden_size", 768), read.integer("num_attention_heads", 12)
-    if width % heads:
-        raise ValueError(
-            "load: hidden_size of config.json must be a multiple of num_attention_heads, "
-            f"got {width} and {heads}"
-        )
+    width, heads, head_dim = read.heads("hidden_size", "num_attention_heads", (768, 12))
     labels = hf.get("id2label")
     return ModelConfig(
         vocabulary=read.integer("vocab_size", 30522),
@@ -34,7 +29,7 @@ def _config(hf: dict[str, Any]) -> ModelConfig:
         layers=read.integer("num_hidden_layers", 12),
         heads=heads,
         kv_heads=heads,
-        head_dim=width // heads,
+        head_dim=head_dim,
         inner=read.integer("intermediate_size", 3072),
         max_length=read.integer("max_position_embeddings", 512),
         norm="layer",

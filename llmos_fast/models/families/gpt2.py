@@ -16,16 +16,14 @@ def _config(hf: dict[str, Any]) -> ModelConfig:
     read.unsupported(
         add_cross_attention=False, scale_attn_by_inverse_layer_idx=False, scale_attn_weights=True
     )
-    width, heads = read.integer("n_embd", 768), read.integer("n_head", 12)
-    if width % heads:
-        raise ValueError(f"load: n_embd of config.json must be a multiple of n_head, got {width}")
+    width, heads, head_dim = read.heads("n_embd", "n_head", (768, 12))
     return ModelConfig(
         vocabulary=read.integer("vocab_size", 50257),
         width=width,
         layers=read.integer("n_layer", 12),
         heads=heads,
         kv_heads=heads,
-        head_dim=width // heads,
+        head_dim=head_dim,
         inner=read.integer("n_inner", 4 * width),
         max_length=read.integer("n_positions", 1024),
         norm="layer",
