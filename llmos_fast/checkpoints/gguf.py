@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmos_fast.checkpoints.gguf_file import GGUF, open_gguf
 from llmos_fast.checkpoints.gguf_tokenizer import KINDS, build_tokenizer
+from llmos_fast.checkpoints.reading import halves
 
 Readers = dict[str, Callable[[], Tensor]]
 Names = dict[str, str]
@@ -344,11 +345,7 @@ def _reader(file: GGUF, name: str, config: dict[str, Any]) -> Callable[[], Tenso
         if shape[0] != heads * config["head_dim"] or config["head_dim"] % 2:
             rule = f"have {heads} heads of even width {config['head_dim']} in {name}"
             raise file.error(rule, f"{shape[0]} rows")
-        return lambda: _halves(read(), heads)
+        return lambda: halves(read(), heads)
     if part in _TRANSPOSED and kind == "weight" and config["model_type"] == "gpt2":
         return lambda: read().mT
     return read
-
-
-def _halves(rows: Tensor, heads: int) -> Tensor:
-    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

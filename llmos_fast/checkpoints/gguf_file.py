@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmos_fast.checkpoints.reading import error_in
+
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _TYPES = {  # of tensors: name, weights of a block, bytes of a block
@@ -38,11 +40,6 @@ _TYPES = {  # of tensors: name, weights of a block, bytes of a block
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Python objects of a pair or a tensor are larger than its bytes: files with more are no models
 _MOST = 1 << 16
-
-
-def error_in(path: Path, rule: str, got: object) -> ValueError:
-    """One line, however long or broken what the file holds may be."""
-    return ValueError(f"open_source: {path} must {rule}, got {' '.join(str(got).split())[:200]}")
 
 
 @dataclass(frozen=True)

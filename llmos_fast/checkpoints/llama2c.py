@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmos_fast.checkpoints.reading import error_in, halves
+
 Readers = dict[str, Callable[[], Tensor]]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -37,7 +39,7 @@ def read_llama2c(path: Path) -> tuple[dict[str, Any], Readers]:
     expected = start + sum(4 * copies[name] * prod(shape) for name, shape in parts.items())
     size = path.stat().st_size
     if size != expected:
-        raise _error(path, f"be {expected} bytes long, as its header says", size)
+        raise error_in(path, f"be {expected} bytes long, as its header says", size)
 
     numbers = torch.from_numpy(np.asarray(np.memmap(path, "<f4", "c", start)))
     heads = {"q_proj": sizes["heads"], "k_proj": sizes["kv_heads"]}
@@ -60,21 +62,21 @@ def _header(path: Path) -> tuple[int, dict[str, int], Shapes, bool]:
     versioned = int.from_bytes(head[:4], "little") == _MAGIC
     start = 256 if versioned else 28
     if len(head) < start:
-        raise _error(path, f"begin with a header of {start} bytes", f"{len(head)} bytes")
+        raise error_in(path, f"begin with a header of {start} bytes", f"{len(head)} bytes")
     numbers = struct.unpack_from("<2i7i" if versioned else "<7i", head)
     if versioned and numbers[1] != 1:
-        raise _error(path, "have version 0 or 1", numbers[1])
+        raise error_in(path, "have version 0 or 1", numbers[1])
     sizes = dict(zip(_SIZES, numbers[-7:], strict=True))
     tied = bool(head[36]) if versioned else sizes["vocabulary"] > 0
     if not versioned:
         sizes["vocabulary"] = abs(sizes["vocabulary"])
     for name, value in sizes.items():
         if value < 1:
-            raise _error(path, f"have a positive {name}", value)
+            raise error_in(path, f"have a positive {name}", value)
     dim, heads, kv_heads = sizes["dim"], sizes["heads"], sizes["kv_heads"]
     if dim % (2 * heads) or heads % kv_heads:
         rule = "split dim into heads of even width, and heads into kv_heads"
-        raise _error(path, rule, f"{dim}, {heads} and {kv_heads}")
+        raise error_in(path, rule, f"{dim}, {heads} and {kv_heads}")
     return start, sizes, _parts(sizes, versioned, tied), tied
 
 
@@ -108,10 +110,9 @@ def _parts(sizes: dict[str, int], versioned: bool, tied: bool) -> Shapes:
 
 
 def _read(numbers: Tensor, shape: tuple[int, ...], heads: int) -> Tensor:
-    """A tensor; the rows of ``heads`` heads go from pairs (0, 1), (2, 3) to (0, D/2), ..."""
-    if heads == 0:
-        return numbers.view(shape)
-    return numbers.view(heads, -1, 2, shape[1]).transpose(1, 2).reshape(shape)
+    """A tensor; with ``heads``, of rows that are turned in pairs."""
+    rows = numbers.view(shape)
+    return halves(rows, heads) if heads else rows
 
 
 def _config(sizes: dict[str, int], tied: bool) -> dict[str, Any]:
@@ -133,7 +134,3 @@ def _config(sizes: dict[str, int], tied: bool) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-
-
-def _error(path: Path, rule: str, got: object) -> ValueError:
-    return ValueError(f"open_source: {path} must {rule}, got {got}")

@@ -20,6 +20,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmos_fast.checkpoints.reading import error_in
+
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 Readers = dict[str, Callable[[], Tensor]]
@@ -48,7 +50,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"open_source: folder must hold config.json, got {str(folder)!r}")
     config = _parse(path.read_bytes(), path)
     if not isinstance(config.get("model_type"), str):
-        raise _error(path, "have a model_type", repr(config.get("model_type")))
+        raise error_in(path, "have a model_type", repr(config.get("model_type")))
     return config
 
 
@@ -56,20 +58,20 @@ def _read_shards(folder: Path) -> Readers:
     path = folder / INDEX
     shard_of = _parse(path.read_bytes(), path).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
-        raise _error(path, "have a weight_map from tensors to files", type(shard_of).__name__)
+        raise error_in(path, "have a weight_map from tensors to files", type(shard_of).__name__)
     expected: dict[str, set[str]] = {}
     for name, shard in shard_of.items():
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-            raise _error(path, "name .safetensors files of its folder", repr(shard))
+            raise error_in(path, "name .safetensors files of its folder", repr(shard))
         expected.setdefault(shard, set()).add(name)
     readers: Readers = {}
     for shard, names in expected.items():
         if not (folder / shard).is_file():
-            raise _error(path, "name files that exist", repr(shard))
+            raise error_in(path, "name files that exist", repr(shard))
         found = read_safetensors(folder / shard)
         if different := sorted(names ^ found.keys()):
             rule = f"list exactly the tensors of {shard}"
-            raise _error(path, rule, f"{len(different)} that differ, {different[0]!r} first")
+            raise error_in(path, rule, f"{len(different)} that differ, {different[0]!r} first")
         readers |= found
     return readers
 
@@ -79,7 +81,7 @@ def read_safetensors(path: Path) -> Readers:
     try:
         file: Any = safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise _error(path, "be a whole safetensors file", error) from error
+        raise error_in(path, "be a whole safetensors file", error) from error
     with path.open("rb") as raw:
         _parse(raw.read(int.from_bytes(raw.read(8), "little")), path)
     return {name: partial(_read, file, name, path) for name in file.keys()}  # noqa: SIM118
@@ -89,7 +91,7 @@ def _read(file: Any, name: str, path: Path) -> Tensor:
     try:
         tensor: Tensor = file.get_tensor(name)
     except SafetensorError as error:  # a type that torch has not got
-        raise _error(path, f"hold {name!r} in a type of torch", error) from error
+        raise error_in(path, f"hold {name!r} in a type of torch", error) from error
     return tensor
 
 
@@ -97,9 +99,9 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _error(path, "hold JSON with every name once", error) from error
+        raise error_in(path, "hold JSON with every name once", error) from error
     if not isinstance(content, dict):
-        raise _error(path, "hold a JSON object", type(content).__name__)
+        raise error_in(path, "hold a JSON object", type(content).__name__)
     return content
 
 
@@ -110,7 +112,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"{twice!r} stands twice")
     return content
-
-
-def _error(path: Path, rule: str, got: object) -> ValueError:
-    return ValueError(f"open_source: {path} must {rule}, got {' '.join(str(got).split())[:200]}")
