@@ -45,7 +45,7 @@ def machine() -> dict[str, str]:
     return {
         "CPU": f"{cpu_model()}, {os.cpu_count()} processors",
         "CPU kernels": _cpu_kernels(),
-        "fp32 products": _products(),
+        "products": _products(),
         "threads": _threads(),
         "GPU": torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -74,7 +74,11 @@ def _products() -> str:
         from llmos_fast.native.product import route
     except ImportError:
         return "torch"
-    return {"onednn": "oneDNN", "mkl": "torch's own (MKL)"}[route()]
+    names = {"own": "own kernel", "onednn": "oneDNN", "torch": "torch's own (MKL, oneDNN)"}
+    return ", ".join(
+        f"{label}: {names[route(dtype)]}"
+        for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    )
 
 
 def _sample_calls(device: str) -> dict[str, Callable[[], list[Refusal]]]:

@@ -117,6 +117,44 @@ void bind_elementwise(py::module_& module) {
       },
       ReleaseGil());
   module.def(
+      "product",
+      [](Address a, Address b, Address bias, Address out, int64_t rows, int64_t columns,
+         int64_t depth, int64_t a_row, int64_t a_depth, int64_t b_depth, int64_t b_column,
+         int type) {
+        run<Product>(kernels().product, {pointer<void>(a), pointer<void>(b), pointer<void>(bias),
+                                         pointer<void>(out), rows, columns, depth, a_row, a_depth,
+                                         b_depth, b_column, DType(type), Finish::none});
+      },
+      ReleaseGil());
+  module.def(
+      "product_activated",
+      [](Address a, Address b, Address bias, Address out, int64_t rows, int64_t columns,
+         int64_t depth, int64_t a_row, int64_t a_depth, int64_t b_depth, int64_t b_column, int type,
+         int finish, int activation, Address gate, Address up, Address kept, Address d_up,
+         Address hidden, Address seed, uint64_t threshold, float scale) {
+        run<Product>(kernels().product, {pointer<void>(a),
+                                         pointer<void>(b),
+                                         pointer<void>(bias),
+                                         pointer<void>(out),
+                                         rows,
+                                         columns,
+                                         depth,
+                                         a_row,
+                                         a_depth,
+                                         b_depth,
+                                         b_column,
+                                         DType(type),
+                                         Finish(finish),
+                                         Activation(activation),
+                                         pointer<void>(gate),
+                                         pointer<void>(up),
+                                         pointer<void>(kept),
+                                         pointer<void>(d_up),
+                                         pointer<void>(hidden),
+                                         dropout_from(seed, threshold, scale)});
+      },
+      ReleaseGil());
+  module.def(
       "embedding",
       [](Address ids, bool wide_ids, Address table, Address out, int64_t count, int64_t rows,
          int64_t width, int64_t stride, int type) {

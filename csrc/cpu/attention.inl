@@ -103,7 +103,7 @@ static void attention_forward_rows(const Head<T>& head, const AttentionForward& 
   for (int64_t k0 = key_begin / kBlockK * kBlockK; k0 < key_end; k0 += kBlockK) {
     const int64_t n = seq_k - k0 < kBlockK ? seq_k - k0 : kBlockK;
     gather_columns(key_rows + k0 * call.key_strides.row, call.key_strides.row, n, call.head_dim,
-                   keys + k0 * depth);
+                   keys + k0 * depth, kBlockK);
     gather_factor(value_rows + k0 * call.value_strides.row, call.value_strides.row, n,
                   call.head_dim_v, values + k0 / per * width_v, width_v);
   }
@@ -227,9 +227,9 @@ static void attention_backward_head(const AttentionBackward& call, const Sequenc
   for (int64_t k0 = 0; k0 < seq_k; k0 += kBlockK) {
     const int64_t n = seq_k - k0 < kBlockK ? seq_k - k0 : kBlockK;
     gather_columns(key_rows + k0 * call.key_strides.row, call.key_strides.row, n, head_dim,
-                   keys_transposed + k0 * depth);
+                   keys_transposed + k0 * depth, kBlockK);
     gather_columns(value_rows + k0 * call.value_strides.row, call.value_strides.row, n, head_dim_v,
-                   values_transposed + k0 * depth_v);
+                   values_transposed + k0 * depth_v, kBlockK);
   }
   for (int64_t i = 0; i < padded_k * (width + width_v); i += kLanes) store(d_key + i, F{});
 

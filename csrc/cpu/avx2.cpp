@@ -56,6 +56,7 @@ const Kernels avx2_kernels = {
     avx2::attention_decode,
     avx2::cache_write,
     avx2::linear_rows,
+    avx2::product,
 };
 
 }  // namespace llmos

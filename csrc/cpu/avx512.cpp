@@ -33,6 +33,7 @@ const Kernels avx512_kernels = {
     avx512::attention_decode,
     avx512::cache_write,
     avx512::linear_rows,
+    avx512::product,
 };
 
 }  // namespace llmos

@@ -35,6 +35,7 @@ const Kernels avx512_bf16_kernels = {
     avx512_bf16::attention_decode,
     avx512_bf16::cache_write,
     avx512_bf16::linear_rows,
+    avx512_bf16::product,
 };
 
 }  // namespace llmos

@@ -37,6 +37,7 @@ const Kernels generic_kernels = {
     generic::attention_decode,
     generic::cache_write,
     generic::linear_rows,
+    generic::product,
 };
 
 }  // namespace llmos

@@ -196,6 +196,28 @@ struct LinearRows {
   DType type;
 };
 
+// What becomes of the sums s of a product.
+enum class Finish : int {
+  none = 0,       // out = s
+  activate = 1,   // out = dropout(activation(s))
+  gate = 2,       // out = dropout(activation(gate) * s)
+  gradients = 3,  // s belongs to dropout(activation(gate) * up): out = d_gate, d_up, and its hidden
+};
+
+// s = a b + bias: a [rows, depth] and b [depth, columns] with strides. All others are of their type
+// and contiguous, [rows, columns]; bias, up with d_up, and kept, which takes s, may be null.
+struct Product {
+  const void *a, *b, *bias;
+  void* out;
+  int64_t rows, columns, depth, a_row, a_depth, b_depth, b_column;
+  DType type;
+  Finish finish;
+  Activation activation;
+  const void *gate, *up;
+  void *kept, *d_up, *hidden;
+  Dropout dropout;
+};
+
 // Below this many numbers the second thread's start costs more than it saves.
 constexpr int64_t kWorthThreads = 16384;
 
@@ -213,6 +235,7 @@ struct Kernels {
   void (*attention_decode)(const AttentionDecode&);
   void (*cache_write)(const CacheWrite&);
   void (*linear_rows)(const LinearRows&);
+  void (*product)(const Product&);
 };
 
 extern const Kernels generic_kernels;

@@ -13,3 +13,5 @@
 #include "cpu/attention_decode.inl"
 #include "cpu/cache_write.inl"
 #include "cpu/linear_rows.inl"
+#include "cpu/product_epilogue.inl"
+#include "cpu/product.inl"

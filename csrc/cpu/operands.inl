@@ -112,10 +112,10 @@ LLMOS_INLINE const Pair* rows_as_operands(const float* x, int64_t rows, int64_t 
       x[i + (d)] = __builtin_shufflevector(a, b, LLMOS_LANES(LLMOS_LOWER, d)); \
     }
 
-// The rows transposed, operand by operand: out[column * kBlockK + row]; whole vectors are written.
+// The rows transposed, operand by operand: out[column * out_row + row]; whole vectors are written.
 template <typename E, typename T>
 LLMOS_INLINE void gather_columns(const T* x, int64_t row_stride, int64_t rows, int64_t columns,
-                                 E* out) {
+                                 E* out, int64_t out_row) {
   constexpr int64_t per = elements_in<E>;
   for (int64_t row = 0; row < rows; row += kLanes)
     for (int64_t i = 0; i < columns; i += per * kLanes) {
@@ -134,6 +134,6 @@ LLMOS_INLINE void gather_columns(const T* x, int64_t row_stride, int64_t rows, i
       LLMOS_EXCHANGE(square, 1)
       const int64_t n = count_of(columns - i, per);
       for (int64_t lane = 0; lane < kLanes && lane < n; ++lane)
-        __builtin_memcpy(out + (i / per + lane) * kBlockK + row, &square[lane], 64);
+        __builtin_memcpy(out + (i / per + lane) * out_row + row, &square[lane], 64);
     }
 }

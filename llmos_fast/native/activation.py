@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmos_fast.native.common import _C, address, dropout_arguments, dtype_code
 
-_CODES = {"relu": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+CODES = {"relu": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 
 def activation_forward(
@@ -23,7 +23,7 @@ def activation_forward(
         rows,
         columns,
         dtype_code(gate.dtype),
-        _CODES[activation],
+        CODES[activation],
         *dropout_arguments(seed, p),
     )
     return hidden
@@ -52,7 +52,7 @@ def activation_backward(
         rows,
         columns,
         dtype_code(gate.dtype),
-        _CODES[activation],
+        CODES[activation],
         *dropout_arguments(seed, p),
     )
     return d_gate, d_up, hidden

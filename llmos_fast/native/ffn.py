@@ -1,4 +1,4 @@
-"""ffn on the CPU: two routed products, and the activation with dropout in one pass between them."""
+"""ffn on the CPU: two products, and the activation with dropout where the first one ends."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmos_fast.library import differentiable, is_plain, register, second_order
-from llmos_fast.native.activation import activation_backward, activation_forward
+from llmos_fast.library import differentiable, register, second_order
 from llmos_fast.native.common import refusal
-from llmos_fast.native.product import product, product_activated
+from llmos_fast.native.product import product
+from llmos_fast.native.product_activated import product_activated, product_gradients
 from llmos_fast.reference import ffn as definition
 
 
@@ -34,17 +34,10 @@ def forward(
 ) -> Tensor:
     """See llmos_fast.ops.ffn."""
     rows = x.reshape(-1, x.shape[-1])
-    if seed is None and not torch.is_grad_enabled() and is_plain((x, w1, b1, w2, b2)):
-        hidden = product_activated(rows, w1, b1, activation)
-        if hidden is not None:
-            return _shaped(product(hidden, w2, b2), x, residual)
-    out, _ = _ffn(rows, w1, b1, w2, b2, activation, dropout_p, seed, recompute)
-    return _shaped(out, x, residual)
-
-
-def _shaped(out: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
+    keep = torch.is_grad_enabled() and not recompute
+    out, _ = _ffn(rows, w1, b1, w2, b2, activation, dropout_p, seed, keep)
     out = out.view(*x.shape[:-1], out.shape[-1])
-    return out if residual is None else residual + out
+    return out if residual is None else residual + out  # type: ignore[no-any-return]
 
 
 def _forward_cpu(
@@ -56,11 +49,10 @@ def _forward_cpu(
     activation: str,
     p: float,
     seed: Tensor | None,
-    recompute: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    gate = product(x, w1, b1)
-    out = product(activation_forward(gate, None, activation, p, seed), w2, b2)
-    return out, gate.new_empty(0) if recompute else gate
+    hidden, gate = product_activated(x, w1, b1, None, activation, p, seed, keep)
+    return product(hidden, w2, b2), gate
 
 
 def _forward_fake(
@@ -72,14 +64,14 @@ def _forward_fake(
     activation: str,
     p: float,
     seed: Tensor | None,
-    recompute: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    gate = x.new_empty(0) if recompute else x.new_empty(x.shape[0], w1.shape[0])
+    gate = x.new_empty(x.shape[0], w1.shape[0]) if keep else x.new_empty(0)
     return x.new_empty(x.shape[0], w2.shape[0]), gate
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w1, b1, w2, b2, ctx.activation, ctx.p, seed, ctx.recompute = inputs
+    x, w1, b1, w2, b2, ctx.activation, ctx.p, seed, ctx.kept = inputs
     ctx.save_for_backward(x, w1, b1, w2, b2, seed, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -93,10 +85,9 @@ def _backward(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None,
         found = second_order(definition, tensors, rest, (d_out,))
         return (*found.values(), None, None, None, None)
     need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
-    if ctx.recompute:
+    if not ctx.kept:
         gate = product(x, w1, b1)
-    d_hidden = product(d_out, w2.t(), None)
-    d_gate, hidden = _ffn_activation_backward(gate, d_hidden, ctx.activation, ctx.p, seed)
+    d_gate, hidden = _ffn_hidden_backward(d_out, w2, gate, ctx.activation, ctx.p, seed)
     return (
         product(d_gate, w1.t(), None) if need_x else None,
         product(d_gate.t(), x.t(), None) if need_w1 else None,
@@ -110,30 +101,30 @@ def _backward(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None,
     )
 
 
-def _activation_backward_cpu(
-    gate: Tensor, d_hidden: Tensor, activation: str, p: float, seed: Tensor | None
+def _hidden_backward_cpu(
+    d_out: Tensor, w2: Tensor, gate: Tensor, activation: str, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    d_gate, _, hidden = activation_backward(gate, None, d_hidden, activation, p, seed)
+    d_gate, _, hidden = product_gradients(d_out, w2, gate, None, activation, p, seed)
     return d_gate, hidden
 
 
-def _activation_backward_fake(
-    gate: Tensor, d_hidden: Tensor, activation: str, p: float, seed: Tensor | None
+def _hidden_backward_fake(
+    d_out: Tensor, w2: Tensor, gate: Tensor, activation: str, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(gate), torch.empty_like(gate)
 
 
 _ffn = differentiable(
     "ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, float dropout_p, "
-    "Tensor? seed, bool recompute) -> (Tensor, Tensor)",
+    "Tensor? seed, bool keep) -> (Tensor, Tensor)",
     _forward_cpu,
     _forward_fake,
     _setup_context,
     _backward,
 )
-_ffn_activation_backward = register(
-    "ffn_activation_backward(Tensor gate, Tensor d_hidden, str activation, float dropout_p, "
+_ffn_hidden_backward = register(
+    "ffn_hidden_backward(Tensor d_out, Tensor w2, Tensor gate, str activation, float dropout_p, "
     "Tensor? seed) -> (Tensor, Tensor)",
-    _activation_backward_cpu,
-    _activation_backward_fake,
+    _hidden_backward_cpu,
+    _hidden_backward_fake,
 )

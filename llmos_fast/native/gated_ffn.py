@@ -1,4 +1,4 @@
-"""gated_ffn on the CPU: three routed products, activation, gate and dropout in one pass."""
+"""gated_ffn on the CPU: three products; activation, gate and dropout where the second one ends."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from llmos_fast.library import differentiable, register, second_order
-from llmos_fast.native.activation import activation_backward, activation_forward
 from llmos_fast.native.common import refusal
 from llmos_fast.native.product import product
+from llmos_fast.native.product_activated import product_activated, product_gradients
 from llmos_fast.reference import gated_ffn as definition
 
 
@@ -36,8 +36,9 @@ def forward(
 ) -> Tensor:
     """See llmos_fast.ops.gated_ffn."""
     rows = x.reshape(-1, x.shape[-1])
+    keep = torch.is_grad_enabled() and not recompute
     out, _, _ = _gated_ffn(
-        rows, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, dropout_p, seed, recompute
+        rows, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, dropout_p, seed, keep
     )
     out = out.view(*x.shape[:-1], w_down.shape[0])
     return out if residual is None else residual + out  # type: ignore[no-any-return]
@@ -54,13 +55,11 @@ def _forward_cpu(
     activation: str,
     p: float,
     seed: Tensor | None,
-    recompute: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gate, up = product(x, w_gate, b_gate), product(x, w_up, b_up)
-    out = product(activation_forward(gate, up, activation, p, seed), w_down, b_down)
-    if recompute:
-        return out, gate.new_empty(0), up.new_empty(0)
-    return out, gate, up
+    gate = product(x, w_gate, b_gate)
+    hidden, up = product_activated(x, w_up, b_up, gate, activation, p, seed, keep)
+    return product(hidden, w_down, b_down), gate if keep else gate.new_empty(0), up
 
 
 def _forward_fake(
@@ -74,14 +73,14 @@ def _forward_fake(
     activation: str,
     p: float,
     seed: Tensor | None,
-    recompute: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gate = x.new_empty(0) if recompute else x.new_empty(x.shape[0], w_gate.shape[0])
+    gate = x.new_empty(x.shape[0], w_gate.shape[0]) if keep else x.new_empty(0)
     return x.new_empty(x.shape[0], w_down.shape[0]), gate, torch.empty_like(gate)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.activation, ctx.p, seed, ctx.recompute = inputs
+    *tensors, ctx.activation, ctx.p, seed, ctx.kept = inputs
     ctx.save_for_backward(*tensors, seed, output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
 
@@ -98,11 +97,10 @@ def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None
         found = second_order(definition, named, rest, (d_out,))
         return (*found.values(), None, None, None, None)
     x, w_gate, w_up, w_down, b_gate, b_up, _ = tensors
-    if ctx.recompute:
+    if not ctx.kept:
         gate, up = product(x, w_gate, b_gate), product(x, w_up, b_up)
     need = dict(zip(_NAMES, ctx.needs_input_grad, strict=False))
-    d_hidden = product(d_out, w_down.t(), None)
-    d_gate, d_up, hidden = _gated_backward(gate, up, d_hidden, ctx.activation, ctx.p, seed)
+    d_gate, d_up, hidden = _hidden_backward(d_out, w_down, gate, up, ctx.activation, ctx.p, seed)
     d_x = product(d_gate, w_gate.t(), None) + product(d_up, w_up.t(), None) if need["x"] else None
     return (
         d_x,
@@ -119,24 +117,30 @@ def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None
     )
 
 
-def _gated_backward_fake(
-    gate: Tensor, up: Tensor, d_hidden: Tensor, activation: str, p: float, seed: Tensor | None
+def _hidden_backward_fake(
+    d_out: Tensor,
+    w_down: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
 
 
 _gated_ffn = differentiable(
     "gated_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, Tensor? b_up, "
-    "Tensor? b_down, str activation, float dropout_p, Tensor? seed, bool recompute) "
+    "Tensor? b_down, str activation, float dropout_p, Tensor? seed, bool keep) "
     "-> (Tensor, Tensor, Tensor)",
     _forward_cpu,
     _forward_fake,
     _setup_context,
     _backward,
 )
-_gated_backward = register(
-    "gated_activation_backward(Tensor gate, Tensor up, Tensor d_hidden, str activation, "
-    "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
-    activation_backward,
-    _gated_backward_fake,
+_hidden_backward = register(
+    "gated_ffn_hidden_backward(Tensor d_out, Tensor w_down, Tensor gate, Tensor up, "
+    "str activation, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    product_gradients,
+    _hidden_backward_fake,
 )

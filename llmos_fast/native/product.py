@@ -1,10 +1,10 @@
-"""The matrix product of all native ops, and the one routing table of the libraries that do it.
+"""The matrix product of all native ops, and the one table of who computes it.
 
-Measured on 2 cores of an AMD Zen 5 (torch 2.13), GFLOP/s of x weight^T, (1024 x 768) (768 x 3072):
-fp32 MKL 179, oneDNN 427; bf16 oneDNN 702 by either way. MKL gives AMD CPUs a third of their peak,
-so there fp32 goes to oneDNN, which reads any strides and so serves the gradients without copies.
-Nothing is packed ahead: a cache of packed weights would gain 3-5 % from 256 rows up, and would go
-stale where a weight is written through ``.data``.
+csrc/cpu/product.inl takes any strides, so the gradients call it with transposed views. GFLOP/s on 2
+cores of an AMD Zen 4 (peaks 235 in fp32, 470 in bf16), forward / d_x / d_weight of 1024 x 3072 x
+768: own 217 / 213 / 217 and 431 / 427 / 434; oneDNN 193 / 215 / 170 and 381 / 379 / 275; F.linear
+(MKL in fp32) 176 / 194 / 197 and 354 / 371 / 341. Nothing is packed ahead: a cache of packed
+weights would go stale where a weight is written through ``.data``.
 
 Few rows read the weight once from memory, whatever the arithmetic: csrc/cpu/linear_rows.inl. On 2
 cores of an AMD Zen 4 it is ahead of both libraries up to 24 rows of fp32 and 48 of bf16. With all
@@ -14,6 +14,7 @@ bf16 on AVX2, and takes 0.5 to 1.4 times as long at 16.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,38 +26,72 @@ from torch import Tensor
 from llmos_fast.library import differentiable
 from llmos_fast.native.common import _C, address, dtype_code
 
+ROUTES = ("own", "onednn", "torch")
+
 # one limit for all instruction sets: a captured step and a call of it must give the same bits
 _FEW_ROWS = 16
 
 
 @cache
-def route() -> str:
-    """Library of fp32 products on this CPU: "onednn" or "mkl" (torch's own choice)."""
-    if not torch.backends.mkldnn.is_available():
-        return "mkl"
+def route(dtype: torch.dtype) -> str:
+    """Who multiplies more than a few rows of ``dtype`` here: "own", "onednn" or "torch".
+
+    The environment variable LLMOS_FAST_PRODUCT decides, else the maker of the CPU: torch's
+    libraries leave AMD's a tenth to two thirds of their peak; Intel's have tiles (AMX) for bf16,
+    which the own kernel does not use.
+    """
+    asked = os.environ.get("LLMOS_FAST_PRODUCT", "")
+    if asked and asked not in ROUTES:
+        raise ValueError(
+            f"LLMOS_FAST_PRODUCT must be one of {', '.join(ROUTES)} (or empty for the table), "
+            f"got {asked!r}"
+        )
+    if asked == "onednn" and dtype != torch.float32:
+        return "torch"  # which is oneDNN for bf16
+    return asked or ("own" if _is_amd() else "torch")
+
+
+def _is_amd() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
-    amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
-    return "onednn" if amd else "mkl"
+    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
 
 
 def _product_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows, columns = x.shape[0], weight.shape[0]
-    bias = _dense(bias)
-    if _takes_few_rows(x, weight):
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN reads a strided one as if it were, and so do the kernels
+    if takes_few_rows(x, weight):
         return _linear_rows(x, weight, bias)
-    empty = rows == 0 or columns == 0 or x.shape[1] == 0
-    if empty or x.dtype != torch.float32 or not _worth_onednn(x, weight):
+    way = route(x.dtype)
+    if way == "own":
+        out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+        _C.product(*own_arguments(x, weight, bias, out))
+        return out
+    if way == "torch" or x.numel() == 0 or weight.numel() == 0:
         return F.linear(x, weight, bias)
     linear: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return linear
 
 
-def _dense(bias: Tensor | None) -> Tensor | None:
-    # oneDNN reads a strided bias as if it were contiguous
-    return None if bias is None else bias.contiguous()
+def own_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[int, ...]:
+    """What the kernel of csrc/cpu/product.inl takes first; ``bias`` must be contiguous."""
+    (rows, depth), columns = x.shape, weight.shape[0]
+    return (
+        x.data_ptr(),
+        weight.data_ptr(),
+        address(bias),
+        out.data_ptr(),
+        rows,
+        columns,
+        depth,
+        *x.stride(),
+        weight.stride(1),
+        weight.stride(0),
+        dtype_code(x.dtype),
+    )
 
 
-def _takes_few_rows(x: Tensor, weight: Tensor) -> bool:
+def takes_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """True where the weight's way from memory decides, and linear_rows.inl multiplies."""
     return x.shape[0] <= _FEW_ROWS and x.stride(1) == weight.stride(1) == 1
 
 
@@ -76,36 +111,6 @@ def _linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype_code(x.dtype),
     )
     return out
-
-
-def _worth_onednn(x: Tensor, weight: Tensor) -> bool:
-    # a single row of a small weight is a dot product per output: 5 us in MKL, 14 in oneDNN
-    tiny = x.shape[0] == 1 and weight.numel() < 2**18
-    return route() == "onednn" and not tiny
-
-
-# names of the activations that oneDNN computes in the product's accumulator
-_EPILOGUES = {
-    "relu": ("relu", ""),
-    "gelu": ("gelu", "none"),
-    "gelu_tanh": ("gelu", "tanh"),
-    "silu": ("swish", ""),
-}
-
-
-def product_activated(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
-) -> Tensor | None:
-    """activation(x weight^T + bias) without gradients in one pass; None where no library has it."""
-    known = activation in _EPILOGUES and x.dtype == torch.float32 and x.numel() > 0
-    few = _takes_few_rows(x, weight)  # faster in two passes
-    if not known or few or weight.shape[0] == 0 or not _worth_onednn(x, weight):
-        return None
-    name, algorithm = _EPILOGUES[activation]
-    activated: Tensor = torch.ops.mkldnn._linear_pointwise(
-        x, weight, _dense(bias), name, [], algorithm
-    )
-    return activated
 
 
 def _product_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,13 +12,15 @@ from llmos_fast.native import product
 from llmos_fast.testing import assert_close_to_truth, assert_within_budget, random
 
 
-@pytest.fixture(params=["onednn", "mkl"])
+@pytest.fixture(params=product.ROUTES)
 def route(request, monkeypatch):
-    """Both libraries, whatever this CPU prefers."""
+    """Everyone who can multiply, whatever this CPU prefers."""
     if request.param == "onednn" and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(product, "route", lambda: request.param)
-    return request.param
+    monkeypatch.setenv("LLMOS_FAST_PRODUCT", request.param)
+    product.route.cache_clear()
+    yield request.param
+    product.route.cache_clear()
 
 
 def check(rows, features, out, bias, dtype):
@@ -129,6 +131,14 @@ def test_few_rows_depend_neither_on_threads_nor_on_one_another(cpu_set, out, dty
     torch.set_num_threads(threads)
     results.append(torch.cat([ops.linear(row, weight, impl="native") for row in x.split(1)]))
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("route", ["own"], indirect=True)
+def test_refuses_an_unknown_route(route, monkeypatch):
+    monkeypatch.setenv("LLMOS_FAST_PRODUCT", "fastest")
+    product.route.cache_clear()
+    with pytest.raises(ValueError, match="LLMOS_FAST_PRODUCT must be one of own, onednn, torch"):
+        product.route(torch.float32)
 
 
 def test_bad_input():

@@ -1,0 +1,239 @@
+// out = a b + bias for any strides (Goto and van de Geijn 2008): panels of b are packed once for
+// all threads, a block of rows of a by the thread that multiplies it, and a tile of sums stays in
+// registers along a part of k. Sums are taken in the order of k, whatever the threads and blocks.
+
+constexpr int64_t kPart = 384;  // of k, in fp32 or pairs of bf16
+constexpr int64_t kPanel = kTileVectors * kLanes;
+constexpr int64_t kBlockRows = 96 / kTileRows * kTileRows;  // of a: 150 KB with a part of k
+constexpr int64_t kPackedFloats = 1 << 21;                  // of b at a time
+
+// Rows of a lie apart by what is no multiple of 4 KB: a cache could not hold 12 of those.
+constexpr int64_t kPackedRow = kPart + kLanes;
+// Or tiles of rows, in each k after k; a row's last store goes beyond its end.
+constexpr int64_t kPackedTile = kPart * kTileRows + kLanes;
+
+LLMOS_INLINE int64_t between(int64_t least, int64_t x, int64_t most) {
+  return x > most ? (most > least ? most : least) : x > least ? x : least;
+}
+
+template <typename T>
+struct Matrix {
+  const T* data;
+  int64_t rows, columns, row_stride, column_stride;
+  Matrix part(int64_t row, int64_t column, int64_t row_count, int64_t column_count) const {
+    return {data + row * row_stride + column * column_stride, row_count, column_count, row_stride,
+            column_stride};
+  }
+};
+
+// The elements of x in contiguous rows, for the rare x that has neither rows nor columns.
+template <typename T>
+static Matrix<T> copied(const Matrix<T>& x) {
+  T* copy = reinterpret_cast<T*>(thread_scratch<1>().floats(x.rows * x.columns));
+  for (int64_t i = 0; i < x.rows; ++i)
+    for (int64_t j = 0; j < x.columns; ++j)
+      copy[i * x.columns + j] = x.data[i * x.row_stride + j * x.column_stride];
+  return {copy, x.rows, x.columns, x.columns, 1};
+}
+
+// 16 operands of row k (and k + 1) from column n on; beyond its columns and rows they are 0.
+template <typename E, typename T>
+LLMOS_INLINE auto load_factor(const Matrix<T>& x, int64_t k, int64_t n) {
+  const T* first = x.data + k * x.row_stride + n;
+  if constexpr (elements_in<E> == 1) {
+    return load(first, x.columns - n);
+  } else {
+    const F low = load(first, x.columns - n);
+    const F high = k + 1 < x.rows ? load(first + x.row_stride, x.columns - n) : F{};
+    return U(as_bits(low) >> 16 | as_bits(high));
+  }
+}
+
+// x: [k, columns], by panels of columns, in each k after k.
+template <typename E, typename T>
+static void pack_panels(const Matrix<T>& x, E* out) {
+  const int64_t operands = count_of(x.rows, elements_in<E>);
+  if (x.column_stride == 1) {
+    for (int64_t k = 0; k < operands; ++k)
+      for (int64_t n = 0; n < x.columns; n += kLanes) {
+        const auto vector = load_factor<E>(x, k * elements_in<E>, n);
+        __builtin_memcpy(out + (n / kPanel * operands + k) * kPanel + n % kPanel, &vector, 64);
+      }
+  } else if (x.row_stride == 1) {
+    for (int64_t n = 0; n < x.columns; n += kPanel)
+      gather_columns(x.data + n * x.column_stride, x.column_stride,
+                     x.columns - n < kPanel ? x.columns - n : kPanel, x.rows, out + n * operands,
+                     kPanel);
+  } else {
+    pack_panels(copied(x), out);
+  }
+}
+
+// x: [rows, k]. Returns whether tile by tile, in each k after k, as the columns of x lie; else row
+// by row.
+template <typename E, typename T>
+static bool pack_rows(const Matrix<T>& x, E* out) {
+  if (x.column_stride == 1) {
+    gather_rows(x.data, x.row_stride, x.rows, x.columns, 1.0f, out, kPackedRow);
+    return false;
+  }
+  if (x.row_stride != 1) return pack_rows(copied(x), out);
+  const Matrix<T> turned = {x.data, x.columns, x.rows, x.column_stride, 1};
+  for (int64_t k = 0; k < count_of(x.columns, elements_in<E>); ++k)
+    for (int64_t tile = 0; tile * kTileRows < x.rows; ++tile) {
+      const auto vector = load_factor<E>(turned, k * elements_in<E>, tile * kTileRows);
+      __builtin_memcpy(out + tile * kPackedTile + k * kTileRows, &vector, 64);
+    }
+  return true;
+}
+
+template <bool by_tile, int rows, int vectors, typename E>
+LLMOS_INLINE void multiply_packed(int64_t depth, const E* a, const E* b, float* c, int64_t c_row,
+                                  bool accumulate) {
+  multiply_tile<rows, vectors>(depth, a, by_tile ? 1 : kPackedRow, by_tile ? kTileRows : 1, b,
+                               kPanel, c, c_row, accumulate);
+}
+
+// c[rows, vectors * 16] = (or +=) a b for one panel of b.
+template <bool by_tile, int vectors, typename E>
+static void multiply_panel(int64_t rows, int64_t depth, const E* a, const E* b, float* c,
+                           int64_t c_row, bool accumulate) {
+  constexpr int64_t row = by_tile ? 1 : kPackedRow, tile = by_tile ? kPackedTile : kTileRows * row;
+  int64_t m = 0;
+  for (; m + kTileRows <= rows; m += kTileRows, a += tile)
+    multiply_packed<by_tile, kTileRows, vectors>(depth, a, b, c + m * c_row, c_row, accumulate);
+  for (; m + 4 <= rows; m += 4, a += 4 * row)
+    multiply_packed<by_tile, 4, vectors>(depth, a, b, c + m * c_row, c_row, accumulate);
+  for (; m < rows; ++m, a += row)
+    multiply_packed<by_tile, 1, vectors>(depth, a, b, c + m * c_row, c_row, accumulate);
+}
+
+// c[rows, columns] += a b for packed panels of b; their columns are padded to whole panels.
+template <bool by_tile, typename E>
+static void multiply_panels(int64_t rows, int64_t columns, int64_t depth, const E* a, const E* b,
+                            float* c, int64_t c_row, bool accumulate) {
+  for (int64_t n = 0; n < columns; n += kPanel) {
+    if (columns - n > kLanes)
+      multiply_panel<by_tile, kTileVectors>(rows, depth, a, b + n * depth, c + n, c_row,
+                                            accumulate);
+    else
+      multiply_panel<by_tile, 1>(rows, depth, a, b + n * depth, c + n, c_row, accumulate);
+  }
+}
+
+// The same for rows of a that are yet to be packed.
+template <typename T, typename E>
+static void multiply_rows(const Matrix<T>& a, E* packed_a, const E* b, int64_t columns, float* c,
+                          int64_t c_row, bool accumulate) {
+  const int64_t depth = count_of(a.columns, elements_in<E>);
+  if (pack_rows(a, packed_a))
+    multiply_panels<true>(a.rows, columns, depth, packed_a, b, c, c_row, accumulate);
+  else
+    multiply_panels<false>(a.rows, columns, depth, packed_a, b, c, c_row, accumulate);
+}
+
+// How a product is cut: of b, `step` columns along `parts_at_once` parts of k are packed at a time.
+struct ProductPlan {
+  int64_t per;  // elements in an operand
+  int64_t depth, step, parts, parts_at_once, tiles, blocks;
+
+  ProductPlan(const Product& call, int64_t per_) : per(per_), depth(call.depth) {
+    const int64_t operands = count_of(depth, per);
+    parts = operands == 0 ? 1 : (operands + kPart - 1) / kPart;
+    const int64_t most = between(1024, kPackedFloats / (operands + 1), call.columns);
+    const int64_t pieces = (call.columns + most - 1) / most;
+    step = round_up((call.columns + pieces - 1) / pieces, kPanel);
+    parts_at_once = between(1, kPackedFloats / (kPart * step), parts);
+    tiles = (call.rows + kTileRows - 1) / kTileRows;
+    // as many blocks for each thread
+    blocks = round_up((call.rows + kBlockRows - 1) / kBlockRows, omp_get_max_threads());
+  }
+  int64_t k(int64_t part) const { return part * kPart * per; }
+  int64_t length(int64_t part) const { return between(0, depth - k(part), kPart * per); }
+};
+
+// What lies packed in memory: `columns` columns from `column` on, parts `first` to `last`.
+template <typename E>
+struct PackedPanels {
+  E* memory;
+  const ProductPlan& plan;
+  int64_t column, columns, first, last;
+
+  int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
+  E* panel(int64_t part, int64_t index) const {
+    const int64_t operands = count_of(plan.length(part), plan.per);
+    return memory + ((part - first) * kPart * panels() + index * operands) * kPanel;
+  }
+};
+
+// Packs the panels [begin, end) of a part of k.
+template <typename T, typename E>
+static void pack_group(const Matrix<T>& b, const PackedPanels<E>& packed, int64_t part,
+                       int64_t begin, int64_t end) {
+  const int64_t column = begin * kPanel;
+  pack_panels(b.part(packed.plan.k(part), packed.column + column, packed.plan.length(part),
+                     between(0, end * kPanel, packed.columns) - column),
+              packed.panel(part, begin));
+}
+
+// Multiplies a block of rows by the panels [begin, end), and finishes it after the last part of k.
+// Sums that wait for more parts lie in `shared`, [rows, step].
+template <typename T, typename E>
+static void multiply_block(const Product& call, const Matrix<T>& a, const PackedPanels<E>& packed,
+                           int64_t block, int64_t begin, int64_t end, float* shared) {
+  const ProductPlan& plan = packed.plan;
+  const int64_t row = plan.tiles * block / plan.blocks * kTileRows, column = begin * kPanel;
+  const int64_t rows =
+      between(0, plan.tiles * (block + 1) / plan.blocks * kTileRows, call.rows) - row;
+  const int64_t columns = between(0, end * kPanel, packed.columns) - column;
+  constexpr int64_t packed_floats = kBlockRows * (kPackedRow + kLanes);
+  float* scratch = thread_scratch().floats(packed_floats + (shared ? 0 : kBlockRows * plan.step));
+  float* sums = shared ? shared + row * plan.step + column : scratch + packed_floats;
+  for (int64_t part = packed.first; part < packed.last; ++part)
+    multiply_rows(a.part(row, plan.k(part), rows, plan.length(part)), reinterpret_cast<E*>(scratch),
+                  packed.panel(part, begin), columns, sums, plan.step, part > 0);
+  if (packed.last == plan.parts)
+    finish_block<T>(call, {row, rows, packed.column + column, columns}, sums, plan.step);
+}
+
+template <typename T>
+static void product_of(const Product& call) {
+  if (call.rows == 0 || call.columns == 0) return;
+  using E = typename OperandOf<T>::Type;
+  const Matrix<T> a = {static_cast<const T*>(call.a), call.rows, call.depth, call.a_row,
+                       call.a_depth};
+  const Matrix<T> b = {static_cast<const T*>(call.b), call.depth, call.columns, call.b_depth,
+                       call.b_column};
+  const ProductPlan plan(call, elements_in<E>);
+  float* panels = thread_scratch<2>().floats(plan.parts_at_once * kPart * plan.step);
+  float* shared = plan.parts_at_once == plan.parts
+                      ? nullptr
+                      : thread_scratch<3>().floats(call.rows * plan.step);
+  PackedPanels<E> packed = {reinterpret_cast<E*>(panels), plan, 0, 0, 0, 0};
+  for (; packed.column < call.columns; packed.column += plan.step)
+    for (packed.first = 0; packed.first < plan.parts; packed.first = packed.last) {
+      packed.columns = between(0, call.columns - packed.column, plan.step);
+      packed.last = between(0, packed.first + plan.parts_at_once, plan.parts);
+      const int64_t count = packed.panels(), threads = omp_get_max_threads();
+      const int64_t parts = packed.last - packed.first;
+      // enough units for threads that come and go, of at most and at least 8 panels
+      const int64_t group = between(1, count * parts / (4 * threads), 8);
+      const int64_t groups = (count + group - 1) / group;
+      const int64_t cuts = between(1, 4 * threads / plan.blocks, count / 8);
+#pragma omp parallel if (call.rows * packed.columns * call.depth > 64 * kWorthThreads)
+      {
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < groups * parts; ++unit)
+          pack_group(b, packed, packed.first + unit / groups, unit % groups * group,
+                     between(0, unit % groups * group + group, count));
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < plan.blocks * cuts; ++unit)
+          multiply_block(call, a, packed, unit / cuts, count * (unit % cuts) / cuts,
+                         count * (unit % cuts + 1) / cuts, shared);
+      }
+    }
+}
+
+static void product(const Product& call) {
+  call.type == DType::bf16 ? product_of<bf16>(call) : product_of<float>(call);
+}
