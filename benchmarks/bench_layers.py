@@ -1,10 +1,5 @@
 """The drop-in layers beside torch.nn: training steps, evaluation, padding, peak memory."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +7,8 @@ from torch import nn
 
 import llmos_fast.nn
 from llmos_fast.testing import assert_close_to_truth
+
+from .memory_training import compare_peaks
 
 # d_model, nhead, layers, seq, batch
 TRAINING = [
@@ -151,32 +148,16 @@ def bench_encoder(compare, smoke, shape, mode, padding):
     )
 
 
-_PEAK = """
-import json, resource, sys, torch
-sys.path.insert(0, sys.argv[1])
-import bench_layers, llmos_fast.nn
-library = {"torch.nn": torch.nn, "llmos_fast": llmos_fast.nn}[sys.argv[2]]
-step = bench_layers.training_step(library, tuple(json.loads(sys.argv[3])), 0.1, False)
-for _ in range(3): step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
+LIBRARIES = {"torch.nn": nn, "llmos_fast": llmos_fast.nn}
 
 
-def peak_memory(library, shape):
-    """Peak bytes of a fresh process that makes three training steps."""
-    arguments = [str(Path(__file__).parent), library, json.dumps(shape)]
-    result = subprocess.run(
-        [sys.executable, "-c", _PEAK, *arguments], capture_output=True, text=True, check=True
-    )
-    return int(result.stdout) * 1024
+def named_step(library, shape):
+    """For a process of its own."""
+    return training_step(LIBRARIES[library], shape, 0.1, False)
 
 
 @pytest.mark.parametrize("shape", [TRAINING[0], (256, 4, 4, 512, 4), (768, 12, 6, 256, 4)], ids=str)
 def bench_peak_memory(benchmark, smoke, shape):
     if smoke and shape != TRAINING[0]:
         pytest.skip("not in a smoke run")
-    ours = benchmark.pedantic(peak_memory, args=("llmos_fast", shape), rounds=1)
-    theirs = peak_memory("torch.nn", shape)
-    benchmark.extra_info.update(
-        peak_mib=ours / 2**20, peers_peak_mib={"torch.nn": theirs / 2**20}, ratio=ours / theirs
-    )
+    compare_peaks(benchmark, "benchmarks.bench_layers", shape)

@@ -193,9 +193,23 @@ def unbound() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def ort_session(model: bytes) -> Any:
+    """A session with torch's number of threads, which stop spinning when a run ends."""
+    import onnxruntime as ort
+
+    threads = torch.get_num_threads()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if threads > 1:  # CPUs of all but the calling thread, counted from 1
+        cpus = ";".join(str(i + 1) for i in range(1, threads))
+        options.add_session_config_entry("session.intra_op_thread_affinities", cpus)
+    with unbound():
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 def onnxruntime(weight: Tensor, group: int, copies: int, bits: int) -> Bind:
     """DynamicQuantizeMatMul, or MatMulNBits which rounds x to int8 too (accuracy level 4)."""
-    import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
 
     n, k = weight.shape
@@ -231,23 +245,28 @@ def onnxruntime(weight: Tensor, group: int, copies: int, bits: int) -> Bind:
     )
     imports = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=8)
-    threads = torch.get_num_threads()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if threads > 1:  # CPUs of all but the calling thread, counted from 1
-        cpus = ";".join(str(i + 1) for i in range(1, threads))
-        options.add_session_config_entry("session.intra_op_thread_affinities", cpus)
-    with unbound():
-        session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+    session = ort_session(model.SerializeToString())
 
     def bind(x: Tensor) -> Run:
         feed = {"x": x.numpy()}
         return lambda: torch.from_numpy(session.run(None, feed)[0])
 
     return bind
+
+
+def openvino_compiled(model: Any, precision: str = "f32", **settings: Any) -> Any:
+    """For one request at a time on torch's number of threads."""
+    import openvino as ov
+
+    settings |= {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": True,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    with unbound():
+        return ov.Core().compile_model(model, "CPU", settings)
 
 
 def openvino(weight: Tensor, group: int, copies: int, bits: int) -> Bind:
@@ -276,16 +295,7 @@ def openvino(weight: Tensor, group: int, copies: int, bits: int) -> Bind:
 
     x_node = op.parameter([-1, k], np.float32, name="x")
     products = [op.result(op.matmul(x_node, constant(i), False, True)) for i in range(copies)]
-    settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "NUM_STREAMS": 1,
-        "ENABLE_CPU_PINNING": True,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32,
-    }
-    with unbound():
-        compiled = ov.Core().compile_model(ov.Model(products, [x_node]), "CPU", settings)
+    compiled = openvino_compiled(ov.Model(products, [x_node]), DYNAMIC_QUANTIZATION_GROUP_SIZE=32)
 
     def bind(x: Tensor) -> Run:
         request = compiled.create_infer_request()
