@@ -115,6 +115,7 @@ if find_nvcc() and sources("cuda/*.cu"):
 
 setup(
     packages=[*find_packages(include=["llmos_fast", "llmos_fast.*"]), "llmos_fast.kernels"],
+    py_modules=["llmos_fast_command"],
     package_data={"llmos_fast": ["py.typed"], "llmos_fast.data": ["wikitext2/*"]},
     ext_modules=extensions,
     cmdclass={"build_ext": NinjaBuildExt},

@@ -56,9 +56,15 @@ def machine() -> dict[str, str]:
 
 
 def _threads() -> str:
-    binding = os.environ.get("OMP_PROC_BIND", "")
-    advice = "" if binding else "; unbound, two may share a core: set OMP_PROC_BIND=close"
-    return f"{torch.get_num_threads()}{advice}"
+    count = torch.get_num_threads()
+    try:
+        from llmos_fast import _C
+    except ImportError:
+        return str(count)
+    if _C.threads_are_bound():
+        return f"{count}, bound to cores"
+    advice = "unbound, two may share a core: set OMP_PROC_BIND=close OMP_PLACES=cores"
+    return f"{count}; {advice}" if count > 1 else "1"
 
 
 def _cpu_kernels() -> str:

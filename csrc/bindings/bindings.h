@@ -17,6 +17,7 @@ T* pointer(Address address) {
 
 void bind_attention(py::module_& module);
 void bind_elementwise(py::module_& module);
+void bind_optimizer(py::module_& module);
 void bind_quant_matmul(py::module_& module);
 void bind_recording(py::module_& module);
 

@@ -216,6 +216,33 @@ struct Product {
   const void *gate, *up;
   void *kept, *d_up, *hidden;
   Dropout dropout;
+// A parameter and what its optimizer knows of it: `count` contiguous numbers each, of one type.
+struct OptimizerTensors {
+  void* parameter;
+  const void* gradient;
+  void *exp_avg, *exp_avg_sq;
+  int64_t count, first_block;  // how many blocks the tensors before have
+  DType type;
+  float rate, root_factor;  // learning rate / (1 - beta1^step), 1 / sqrt(1 - beta2^step)
+};
+
+constexpr int64_t kOptimizerBlock = 16384;
+constexpr int64_t blocks_of(int64_t count) {
+  return (count + kOptimizerBlock - 1) / kOptimizerBlock;
+}
+
+// One step, in place; see torch.optim.AdamW. Gradients count times gradient_factor.
+struct AdamW {
+  const OptimizerTensors* tensors;
+  int64_t blocks;                                                             // of all tensors
+  float gradient_factor, exp_avg_share, beta2, exp_avg_sq_share, decay, eps;  // share: 1 - beta
+};
+
+// The sum of the squares of each block's gradient: sums [blocks].
+struct SquareSums {
+  const OptimizerTensors* tensors;
+  int64_t blocks;
+  float* sums;
 };
 
 // Below this many numbers the second thread's start costs more than it saves.
@@ -236,6 +263,8 @@ struct Kernels {
   void (*cache_write)(const CacheWrite&);
   void (*linear_rows)(const LinearRows&);
   void (*product)(const Product&);
+  void (*adamw)(const AdamW&);
+  void (*square_sums)(const SquareSums&);
 };
 
 extern const Kernels generic_kernels;

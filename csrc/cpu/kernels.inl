@@ -15,3 +15,4 @@
 #include "cpu/linear_rows.inl"
 #include "cpu/product_epilogue.inl"
 #include "cpu/product.inl"
+#include "cpu/adamw.inl"

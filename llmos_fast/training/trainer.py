@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmos_fast.data import Windows
 from llmos_fast.models import LanguageModel
 from llmos_fast.training.config import TrainingConfig
-from llmos_fast.training.optimizers import build_optimizer
+from llmos_fast.training.optimizers import build_optimizer, clipped_step
 from llmos_fast.training.schedules import learning_rate
 
 
@@ -75,10 +75,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad()
         loss = self._accumulate_gradients(data.to(self._device), targets.to(self._device))
-        norm = torch.zeros(())
-        if self.config.clip_norm:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
+        norm = clipped_step(self.optimizer, self.config.clip_norm)
         return loss, norm, rate, targets.numel()
 
     def _accumulate_gradients(self, data: Tensor, targets: Tensor) -> Tensor:
