@@ -73,16 +73,19 @@ void bind_attention(py::module_& module) {
       ReleaseGil());
   module.def(
       "attention_backward",
-      [](const Scores& scores, Address d_out, const Strides& d_out_strides, Address row_lse,
-         Address delta, Address d_query, Address d_key, Address d_value,
-         const Strides& d_query_strides, const Strides& d_key_strides,
-         const Strides& d_value_strides, Address d_bias, int64_t d_bias_columns) {
+      [](const Scores& scores, Address out, const Strides& out_strides, Address d_out,
+         const Strides& d_out_strides, Address row_lse, Address d_lse, Address d_query,
+         Address d_key, Address d_value, const Strides& d_query_strides,
+         const Strides& d_key_strides, const Strides& d_value_strides, Address d_bias,
+         int64_t d_bias_columns) {
         AttentionBackward call;
         static_cast<Attention&>(call) = scores.call;
+        call.out = pointer<void>(out);
+        call.out_strides = strides4(out_strides);
         call.d_out = pointer<void>(d_out);
         call.d_out_strides = strides4(d_out_strides);
         call.row_lse = pointer<float>(row_lse);
-        call.delta = pointer<float>(delta);
+        call.d_lse = pointer<float>(d_lse);
         call.d_query = pointer<void>(d_query);
         call.d_key = pointer<void>(d_key);
         call.d_value = pointer<void>(d_value);

@@ -1,7 +1,13 @@
-// Attention over blocks of kBlockQ queries and kBlockK keys with a running softmax (Dao et al.
-// 2022), which operands.inl lays out for multiply_block: keys and, for the gradients, values
-// transposed. A unit of work is one head; a unit's result depends on nothing but its inputs, so
-// neither does the thread count matter nor are atomics needed.
+// Attention over blocks of queries and of kBlockK keys with a running softmax (Dao et al. 2022). A
+// strip of kStrip queries takes all its steps while its scores lie in the nearest cache, and leaves
+// out the panels of keys that none of its rows sees. A unit of work is one head; a unit's result
+// depends on nothing but its inputs, so neither does the thread count matter nor are atomics
+// needed.
+
+constexpr int64_t kStrip = 12, kBlockK = 256;
+// one vector more than the keys: rows a power of two apart would share few lines of the cache
+constexpr int64_t kScoreRow = kBlockK + kLanes;
+constexpr float kLog2E = 1.44269504f;
 
 // What one head of one sequence reads.
 template <typename T>
@@ -13,6 +19,18 @@ struct Head {
   const T* rows(const void* x, const Strides4& strides, int64_t which, int64_t first) const {
     return static_cast<const T*>(x) + sequence.batch * strides.batch + which * strides.head +
            first * strides.row;
+  }
+  // Asks for rows [q, q + count) of x, of the keys or of the queries, as far as they exist: heads
+  // of few rows wait for memory otherwise.
+  template <bool to_write = false>
+  void fetch(const void* x, const Strides4& strides, bool of_keys, int64_t q, int64_t count,
+             int64_t columns) const {
+    const int64_t first = of_keys ? sequence.first_k : sequence.first_q;
+    const int64_t length = of_keys ? sequence.length_k : sequence.length_q;
+    const T* from = rows(x, strides, of_keys ? head_kv : head, first + q);
+    for (int64_t row = 0; row < count && q + row < length; ++row)
+      for (int64_t i = 0; i < columns; i += 64 / sizeof(T))
+        __builtin_prefetch(from + row * strides.row + i, to_write, 2);
   }
   // Row number of query q: in lse, in the bias and for dropout.
   int64_t row(int64_t q) const {
@@ -32,14 +50,28 @@ struct Head {
     return key < 0 ? 0 : key;
   }
 
-  // Turns the products of query q with keys [k0, k0 + n), which lack the factor `scale`, into
-  // scores; -inf where hidden, up to the next whole vector. `slope`, where given, receives
-  // d(score)/d(product) of the softcap.
-  void finish_scores(int64_t q, int64_t k0, int64_t n, float scale, float* scores,
-                     float* slope) const {
+  // Whether scores are products times a positive factor: it then waits for the exponential.
+  bool plain() const {
+    return call.scale > 0 && call.softcap == 0 && !call.bias && !call.alibi && !call.mask;
+  }
+  // What finish_scores leaves to be multiplied by.
+  float missing_scale() const { return plain() ? call.scale : 1.0f; }
+
+  // Turns the products of query q with keys [k0, k0 + n) into scores, up to the missing scale; -inf
+  // where hidden, up to the next whole vector. `slope`, where given, receives d(score)/d(product)
+  // of the softcap.
+  void finish_scores(int64_t q, int64_t k0, int64_t n, float* scores, float* slope) const {
+    if (!plain()) add_features(q, k0, n, scores, slope);
     const int64_t padded = round_up(n, kLanes);
-    if (scale != 1.0f)
-      for (int64_t i = 0; i < padded; i += kLanes) store(scores + i, load(scores + i) * scale);
+    const int64_t first = first_key(q) - k0, last = last_key(q) - k0;
+    for (int64_t i = 0; i < first && i < padded; ++i) scores[i] = -__builtin_inff();
+    for (int64_t i = (last < 0 ? 0 : last) / kLanes * kLanes; i < padded; i += kLanes)
+      store(scores + i, first_lanes(load(scores + i), last - i, -__builtin_inff()));
+  }
+
+  void add_features(int64_t q, int64_t k0, int64_t n, float* scores, float* slope) const {
+    const int64_t padded = round_up(n, kLanes);
+    for (int64_t i = 0; i < padded; i += kLanes) store(scores + i, load(scores + i) * call.scale);
     if (call.softcap > 0)
       for (int64_t i = 0; i < padded; i += kLanes) {
         const F t = tangent_hyperbolic(load(scores + i) / call.softcap);
@@ -69,264 +101,179 @@ struct Head {
       for (int64_t i = 0; i < n; ++i)
         if (!mask[i * s.column]) scores[i] = -__builtin_inff();
     }
-    const int64_t first = first_key(q) - k0, last = last_key(q) - k0;
-    for (int64_t i = 0; i < first && i < padded; ++i) scores[i] = -__builtin_inff();
-    for (int64_t i = last < 0 ? 0 : last; i < padded; ++i) scores[i] = -__builtin_inff();
   }
 };
 
+// The keys of the block from k0 on that queries [q, q + rows) see: n of them from the panel `begin`
+// on, none where n <= 0.
+struct Span {
+  int64_t begin, n;
+  template <typename T>
+  Span(const Head<T>& head, int64_t q, int64_t rows, int64_t k0) {
+    const int64_t first = head.first_key(q), last = head.last_key(q + rows - 1);
+    begin = first > k0 ? first / kPanel * kPanel : k0;
+    n = (last < k0 + kBlockK ? last : k0 + kBlockK) - begin;
+  }
+};
+
+// Turns the products of queries [q, q + rows) with keys [k, k + n) into weights exp(score - top) as
+// the next product reads them, in their own place, and carries top and total of each row, one per
+// lane, on; returns what its former sums are to be multiplied by.
 template <typename T>
-static void attention_forward_rows(const Head<T>& head, const AttentionForward& call,
-                                   int64_t q_begin, int64_t q_end) {
+LLMOS_INLINE F weigh(const Head<T>& head, int64_t q, int64_t rows, int64_t k, int64_t n,
+                     float* scores, F& top, F& total) {
+  using E = typename OperandOf<T>::Type;
+  const Dropout& dropout = head.call.dropout;
+  float factors[kBlockK];
+  F of_rows[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) of_rows[i] = splat(-__builtin_inff());
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = scores + i * kScoreRow;
+    head.finish_scores(q + i, k, n, row, nullptr);
+    F largest = load(row);
+    for (int64_t j = kLanes; j < n; j += kLanes) largest = maximum(largest, load(row + j));
+    of_rows[i] = largest;
+  }
+  const float factor = head.missing_scale() * kLog2E;
+  const F new_top = maximum(top, lane_maxima(of_rows));
+  // a row without a key yet would give -inf - -inf = NaN
+  const F base = select(new_top == splat(-__builtin_inff()), F{}, new_top * factor);
+  const F decay = power_of_2(top * factor - base);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = scores + i * kScoreRow;
+    if (dropout.seed) dropout_factors(dropout, head.row(q + i), k, n, factors);
+    const F base_of_row = splat(base[i]);
+    F sums = {};
+    for (int64_t j = 0; j < n; j += kLanes) {
+      F weight = power_of_2(load(row + j) * factor - base_of_row);
+      sums += weight;
+      if (dropout.seed) weight *= load(factors + j);
+      store_operands(reinterpret_cast<E*>(row), j, weight);
+    }
+    of_rows[i] = sums;
+  }
+  top = new_top;
+  total = total * decay + lane_sums(of_rows);
+  return decay;
+}
+
+template <typename T>
+static void attention_forward_rows(const Head<T>& head, const Head<T>& next,
+                                   const AttentionForward& call, int64_t q_begin, int64_t q_end) {
   using E = typename OperandOf<T>::Type;
   static_assert(sizeof(E) == sizeof(float), "scratch memory counts floats");
-  constexpr int64_t per = elements_in<E>, block_depth = kBlockK / per;
-  const float missing_scale = per == 1 ? 1.0f : call.scale;
-  const int64_t depth = count_of(call.head_dim, per), seq_k = head.sequence.length_k;
-  const int64_t width = round_up(depth, kLanes), width_v = round_up(call.head_dim_v, kLanes);
-  const int64_t blocks = (seq_k + kBlockK - 1) / kBlockK;
-  float* memory =
-      thread_scratch().floats(blocks * (kBlockK * depth + block_depth * width_v) +
-                              kBlockQ * (width + width_v + kBlockK) + 2 * kBlockQ + kBlockK);
+  constexpr int64_t per = elements_in<E>, kBlockQ = 4 * kStrip;
+  const int64_t depth = count_of(call.head_dim, per), head_dim_v = call.head_dim_v;
+  const int64_t width = round_up(depth, kLanes), width_v = round_up(head_dim_v, kPanel);
+  const int64_t padded_k = round_up(head.sequence.length_k, kPanel),
+                panel_v = padded_k / per * kPanel;
+  float* memory = thread_scratch().floats(padded_k * (depth + width_v) +
+                                          kBlockQ * (width + width_v) + kStrip * kScoreRow);
   E* keys = reinterpret_cast<E*>(memory);
-  E* values = keys + blocks * kBlockK * depth;
-  E* query = values + blocks * block_depth * width_v;
+  E* values = keys + padded_k * depth;
+  E* query = values + padded_k * width_v;
   float* out = reinterpret_cast<float*>(query + kBlockQ * width);
   float* scores = out + kBlockQ * width_v;
-  float* factors = scores + kBlockQ * kBlockK;
-  float *top = factors + kBlockK, *total = top + kBlockQ;
 
-  const T* key_rows = head.rows(call.key, call.key_strides, head.head_kv, head.sequence.first_k);
-  const T* value_rows =
-      head.rows(call.value, call.value_strides, head.head_kv, head.sequence.first_k);
-  const int64_t key_begin = head.first_key(q_begin), key_end = head.last_key(q_end - 1);
-  for (int64_t k0 = key_begin / kBlockK * kBlockK; k0 < key_end; k0 += kBlockK) {
-    const int64_t n = seq_k - k0 < kBlockK ? seq_k - k0 : kBlockK;
-    gather_columns(key_rows + k0 * call.key_strides.row, call.key_strides.row, n, call.head_dim,
-                   keys + k0 * depth, kBlockK);
-    gather_factor(value_rows + k0 * call.value_strides.row, call.value_strides.row, n,
-                  call.head_dim_v, values + k0 / per * width_v, width_v);
-  }
+  const int64_t key_begin = head.first_key(q_begin) / kPanel * kPanel;
+  const int64_t key_count = head.last_key(q_end - 1) - key_begin;
+  gather_columns(
+      head.rows(call.key, call.key_strides, head.head_kv, head.sequence.first_k + key_begin),
+      call.key_strides.row, key_count, call.head_dim, keys + key_begin * depth);
+  gather_factor(
+      head.rows(call.value, call.value_strides, head.head_kv, head.sequence.first_k + key_begin),
+      call.value_strides.row, key_count, head_dim_v, values + key_begin / per * kPanel, panel_v);
   const T* query_rows = head.rows(call.query, call.query_strides, head.head, head.sequence.first_q);
   T* out_rows =
       const_cast<T*>(head.rows(call.out, call.out_strides, head.head, head.sequence.first_q));
 
   for (int64_t q0 = q_begin; q0 < q_end; q0 += kBlockQ) {
     const int64_t rows = q_end - q0 < kBlockQ ? q_end - q0 : kBlockQ;
+    F top[kBlockQ / kStrip], total[kBlockQ / kStrip];
+    for (int64_t strip = 0; strip < kBlockQ / kStrip; ++strip) {
+      top[strip] = splat(-__builtin_inff());
+      total[strip] = F{};
+    }
     gather_rows(query_rows + q0 * call.query_strides.row, call.query_strides.row, rows,
-                call.head_dim, call.scale, query, width);
+                call.head_dim, 1.0f, query, width);
     for (int64_t i = 0; i < rows * width_v; i += kLanes) store(out + i, F{});
-    for (int64_t i = 0; i < rows; ++i) {
-      top[i] = -__builtin_inff();
-      total[i] = 0.0f;
-    }
-    const int64_t first = head.first_key(q0), last = head.last_key(q0 + rows - 1);
-    for (int64_t k0 = first / kBlockK * kBlockK; k0 < last; k0 += kBlockK) {
-      const int64_t n = last - k0 < kBlockK ? last - k0 : kBlockK;
-      multiply_block(rows, n, depth, query, width, 1, keys + k0 * depth, kBlockK, scores, kBlockK,
-                     false);
-      for (int64_t i = 0; i < rows; ++i) {
-        float* row = scores + i * kBlockK;
-        head.finish_scores(q0 + i, k0, n, missing_scale, row, nullptr);
-        F largest = splat(top[i]);
-        for (int64_t j = 0; j < n; j += kLanes) largest = maximum(largest, load(row + j));
-        const float new_top = maximum(largest);
-        // a row without a key yet would give -inf - -inf = NaN
-        const float base = new_top == -__builtin_inff() ? 0.0f : new_top;
-        const float decay = exponential(splat(top[i] - base))[0];
-        if (call.dropout.seed) dropout_factors(call.dropout, head.row(q0 + i), k0, n, factors);
-        F sums = {};
-        for (int64_t j = 0; j < n; j += kLanes) {
-          F weight = exponential(load(row + j) - base);
-          sums += weight;
-          if (call.dropout.seed) weight *= load(factors + j);
-          store(row + j, weight);
-        }
-        as_operands(row, n, reinterpret_cast<E*>(row));
-        total[i] = total[i] * decay + sum(sums);
-        top[i] = new_top;
-        if (decay != 1.0f)
-          for (int64_t j = 0; j < width_v; j += kLanes)
-            store(out + i * width_v + j, load(out + i * width_v + j) * decay);
+    head.template fetch<true>(call.out, call.out_strides, false, q0, rows, head_dim_v);
+    const int64_t first = head.first_key(q0) / kBlockK * kBlockK;
+    const int64_t last = head.last_key(q0 + rows - 1);
+    for (int64_t k0 = first; k0 < last; k0 += kBlockK)
+      for (int64_t m = 0; m < rows; m += kStrip) {
+        const int64_t count = rows - m < kStrip ? rows - m : kStrip;
+        const int64_t ahead = &next != &head && k0 == first ? count : 0;
+        const Span span(head, q0 + m, count, k0);
+        if (span.n <= 0) continue;
+        next.fetch(call.key, call.key_strides, true, q0 + m, ahead, call.head_dim);
+        F& total_before = total[m / kStrip];
+        const F had = total_before;
+        multiply(count, span.n, depth, query + m * width, width, 1, keys + span.begin * depth,
+                 kPanel * depth, scores, kScoreRow, false);
+        next.fetch(call.value, call.value_strides, true, q0 + m, ahead, head_dim_v);
+        const F decay =
+            weigh(head, q0 + m, count, span.begin, span.n, scores, top[m / kStrip], total_before);
+        next.fetch(call.query, call.query_strides, false, q0 + m, ahead, call.head_dim);
+        for (int64_t i = 0; i < count; ++i)
+          if (had[i] > 0.0f && decay[i] != 1.0f)
+            for (int64_t j = 0; j < width_v; j += kLanes)
+              store(out + (m + i) * width_v + j, load(out + (m + i) * width_v + j) * decay[i]);
+        multiply(count, head_dim_v, count_of(span.n, per), reinterpret_cast<const E*>(scores),
+                 kScoreRow, 1, values + span.begin / per * kPanel, panel_v, out + m * width_v,
+                 width_v, true);
       }
-      multiply_block(rows, call.head_dim_v, count_of(n, per), reinterpret_cast<const E*>(scores),
-                     kBlockK, 1, values + k0 / per * width_v, width_v, out, width_v, true);
-    }
     for (int64_t i = 0; i < rows; ++i) {
-      const bool empty = total[i] == 0.0f;
-      float denominator = empty ? 1.0f : total[i];
-      call.lse[head.row(q0 + i)] = empty ? -__builtin_inff() : top[i] + __builtin_logf(denominator);
+      const float top_of_row = top[i / kStrip][i % kStrip] * head.missing_scale();
+      float denominator = total[i / kStrip][i % kStrip];
+      const bool empty = denominator == 0.0f;
+      if (empty) denominator = 1.0f;
+      call.lse[head.row(q0 + i)] =
+          empty ? -__builtin_inff() : top_of_row + __builtin_logf(denominator);
       float shrink = 1.0f;
       if (call.sinks && !empty) {
         // the sink may lie above every score: keep both exponents at or below 0
-        const float sink = call.sinks[head.head], base = sink > top[i] ? sink : top[i];
-        shrink = exponential(splat(top[i] - base))[0];
+        const float sink = call.sinks[head.head], base = sink > top_of_row ? sink : top_of_row;
+        shrink = exponential(splat(top_of_row - base))[0];
         denominator = denominator * shrink + exponential(splat(sink - base))[0];
       }
-      for (int64_t j = 0; j < call.head_dim_v; j += kLanes)
+      for (int64_t j = 0; j < head_dim_v; j += kLanes)
         store(out_rows + (q0 + i) * call.out_strides.row + j,
-              load(out + i * width_v + j) * (shrink / denominator), call.head_dim_v - j);
+              load(out + i * width_v + j) * (shrink / denominator), head_dim_v - j);
     }
   }
+}
+
+// Units that a thread takes in one go, so that it can fetch ahead: a quarter of its share.
+static int64_t units_in_a_row(int64_t units) {
+  const int64_t share = units / (4 * omp_get_max_threads());
+  return share > 1 ? share : 1;
 }
 
 template <typename T>
 static void attention_forward_of(const AttentionForward& call) {
-  // Few heads are cut along the queries, at block borders, until there is work for every thread.
+  // Few heads are cut along the queries, at borders of strips, until there is work for every
+  // thread.
   const int64_t heads = call.count * call.heads_q, wanted = 4 * omp_get_max_threads();
   const int64_t cuts = heads >= wanted || heads == 0 ? 1 : (wanted + heads - 1) / heads;
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t unit = 0; unit < heads * cuts; ++unit) {
-    const int64_t cut = unit % cuts, index = unit / cuts;
-    const Sequence& sequence = call.sequences[index / call.heads_q];
+  const int64_t group = call.heads_q / call.heads_kv, in_a_row = units_in_a_row(heads * cuts);
+  const auto head_of = [&](int64_t index) {
     const int64_t head = index % call.heads_q;
-    const int64_t blocks = (sequence.length_q + kBlockQ - 1) / kBlockQ;
-    const int64_t begin = blocks * cut / cuts * kBlockQ;
-    int64_t end = blocks * (cut + 1) / cuts * kBlockQ;
-    if (end > sequence.length_q) end = sequence.length_q;
-    if (begin < end)
-      attention_forward_rows<T>({call, sequence, head, head / (call.heads_q / call.heads_kv)}, call,
-                                begin, end);
+    return Head<T>{call, call.sequences[index / call.heads_q], head, head / group};
+  };
+#pragma omp parallel for schedule(dynamic, in_a_row)
+  for (int64_t unit = 0; unit < heads * cuts; ++unit) {
+    const int64_t cut = unit % cuts;
+    const bool more = cuts == 1 && (unit + 1) % in_a_row > 0 && unit + 1 < heads;
+    const Head<T> head = head_of(unit / cuts), next = head_of(more ? unit + 1 : unit / cuts);
+    const int64_t strips = (head.sequence.length_q + kStrip - 1) / kStrip;
+    const int64_t begin = strips * cut / cuts * kStrip;
+    int64_t end = strips * (cut + 1) / cuts * kStrip;
+    if (end > head.sequence.length_q) end = head.sequence.length_q;
+    if (begin < end) attention_forward_rows(head, more ? next : head, call, begin, end);
   }
-}
-
-// Gradients of one key head: its queries' heads in turn, their query blocks in turn.
-template <typename T>
-static void attention_backward_head(const AttentionBackward& call, const Sequence& sequence,
-                                    int64_t head_kv) {
-  using E = typename OperandOf<T>::Type;
-  constexpr int64_t per = elements_in<E>;
-  const float missing_scale = per == 1 ? 1.0f : call.scale;
-  const int64_t head_dim = call.head_dim, head_dim_v = call.head_dim_v, seq_k = sequence.length_k;
-  const int64_t width = round_up(head_dim, kLanes), width_v = round_up(head_dim_v, kLanes);
-  const int64_t depth = count_of(head_dim, per), depth_v = count_of(head_dim_v, per);
-  const int64_t padded_k = round_up(seq_k, kBlockK);
-  float* memory =
-      thread_scratch().floats(padded_k * (2 * width + width_v + depth + depth_v) +
-                              kBlockQ * (3 * width + 2 * width_v + 2 * kBlockK) + 2 * kBlockK);
-  E* keys = reinterpret_cast<E*>(memory);
-  E* keys_transposed = keys + padded_k * width;
-  E* values_transposed = keys_transposed + padded_k * depth;
-  // query and d_out are first factors by rows, and second ones whose k the rows are
-  E* query = values_transposed + padded_k * depth_v;
-  E* query_factor = per == 1 ? query : query + kBlockQ * width;
-  E* d_out = query + 2 * kBlockQ * width;
-  E* d_out_factor = per == 1 ? d_out : d_out + kBlockQ * width_v;
-  float* d_key = reinterpret_cast<float*>(d_out + 2 * kBlockQ * width_v);
-  float* d_value = d_key + padded_k * width;
-  float* d_query = d_value + padded_k * width_v;
-  float* scores = d_query + kBlockQ * width;
-  float* d_scores = scores + kBlockQ * kBlockK;
-  float *factors = d_scores + kBlockQ * kBlockK, *slope = factors + kBlockK;
-
-  const int64_t group = call.heads_q / call.heads_kv;
-  const Head<T> any{call, sequence, head_kv * group, head_kv};
-  const T* key_rows = any.rows(call.key, call.key_strides, head_kv, sequence.first_k);
-  const T* value_rows = any.rows(call.value, call.value_strides, head_kv, sequence.first_k);
-  gather_factor(key_rows, call.key_strides.row, seq_k, head_dim, keys, width);
-  for (int64_t k0 = 0; k0 < seq_k; k0 += kBlockK) {
-    const int64_t n = seq_k - k0 < kBlockK ? seq_k - k0 : kBlockK;
-    gather_columns(key_rows + k0 * call.key_strides.row, call.key_strides.row, n, head_dim,
-                   keys_transposed + k0 * depth, kBlockK);
-    gather_columns(value_rows + k0 * call.value_strides.row, call.value_strides.row, n, head_dim_v,
-                   values_transposed + k0 * depth_v, kBlockK);
-  }
-  for (int64_t i = 0; i < padded_k * (width + width_v); i += kLanes) store(d_key + i, F{});
-
-  for (int64_t head_q = head_kv * group; head_q < (head_kv + 1) * group; ++head_q) {
-    const Head<T> head{call, sequence, head_q, head_kv};
-    const T* query_rows = head.rows(call.query, call.query_strides, head_q, sequence.first_q);
-    const T* d_out_rows = head.rows(call.d_out, call.d_out_strides, head_q, sequence.first_q);
-    T* d_query_rows =
-        const_cast<T*>(head.rows(call.d_query, call.d_query_strides, head_q, sequence.first_q));
-    for (int64_t q0 = 0; q0 < sequence.length_q; q0 += kBlockQ) {
-      const int64_t rows = sequence.length_q - q0 < kBlockQ ? sequence.length_q - q0 : kBlockQ;
-      gather_rows(query_rows + q0 * call.query_strides.row, call.query_strides.row, rows, head_dim,
-                  call.scale, query, width);
-      gather_rows(d_out_rows + q0 * call.d_out_strides.row, call.d_out_strides.row, rows,
-                  head_dim_v, 1.0f, d_out, width_v);
-      if constexpr (per > 1) {
-        gather_factor(query_rows + q0 * call.query_strides.row, call.query_strides.row, rows,
-                      head_dim, query_factor, width);
-        gather_factor(d_out_rows + q0 * call.d_out_strides.row, call.d_out_strides.row, rows,
-                      head_dim_v, d_out_factor, width_v);
-      }
-      for (int64_t i = 0; i < rows * width; i += kLanes) store(d_query + i, F{});
-      const int64_t first = head.first_key(q0), last = head.last_key(q0 + rows - 1);
-      for (int64_t k0 = first / kBlockK * kBlockK; k0 < last; k0 += kBlockK) {
-        const int64_t n = last - k0 < kBlockK ? last - k0 : kBlockK;
-        multiply_block(rows, n, depth, query, width, 1, keys_transposed + k0 * depth, kBlockK,
-                       scores, kBlockK, false);
-        multiply_block(rows, n, depth_v, d_out, width_v, 1, values_transposed + k0 * depth_v,
-                       kBlockK, d_scores, kBlockK, false);
-        for (int64_t i = 0; i < rows; ++i) {
-          float *row = scores + i * kBlockK, *d_row = d_scores + i * kBlockK;
-          const int64_t number = head.row(q0 + i);
-          const float lse = call.row_lse[number], delta = call.delta[number];
-          const bool empty = lse == -__builtin_inff();
-          head.finish_scores(q0 + i, k0, n, missing_scale, row, slope);
-          if (call.dropout.seed) dropout_factors(call.dropout, number, k0, n, factors);
-          for (int64_t j = 0; j < n; j += kLanes) {
-            const F weight = empty ? F{} : exponential(load(row + j) - lse);
-            const F factor = call.dropout.seed ? load(factors + j) : splat(1.0f);
-            // padding lanes of d_row are uninitialised: weight = 0 would not stop their NaN
-            F gradient =
-                select(weight > splat(0.0f), weight * (factor * load(d_row + j) - delta), F{});
-            store(row + j, weight * factor);
-            if (call.d_bias) {
-              float* d_bias = call.d_bias + number * call.d_bias_columns + k0 + j;
-              store(d_bias, gradient, n - j);
-            }
-            if (call.softcap > 0)
-              gradient = select(weight > splat(0.0f), gradient * load(slope + j), F{});
-            store(d_row + j, gradient);
-          }
-        }
-        // pairs of rows need half of the memory of scores: the other half is for d_scores
-        const int64_t row_pairs = count_of(rows, per);
-        const E* weights = rows_as_operands(scores, rows, n, reinterpret_cast<E*>(scores));
-        const E* gradients = rows_as_operands(d_scores, rows, n,
-                                              reinterpret_cast<E*>(scores) + kBlockQ / 2 * kBlockK);
-        for (int64_t i = 0; i < rows; ++i)
-          as_operands(d_scores + i * kBlockK, n, reinterpret_cast<E*>(d_scores + i * kBlockK));
-        multiply_block(n, head_dim_v, row_pairs, weights, 1, kBlockK, d_out_factor, width_v,
-                       d_value + k0 * width_v, width_v, true);
-        multiply_block(n, head_dim, row_pairs, gradients, 1, kBlockK, query_factor, width,
-                       d_key + k0 * width, width, true);
-        multiply_block(rows, head_dim, count_of(n, per), reinterpret_cast<const E*>(d_scores),
-                       kBlockK, 1, keys + k0 / per * width, width, d_query, width, true);
-      }
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < head_dim; j += kLanes)
-          store(d_query_rows + (q0 + i) * call.d_query_strides.row + j,
-                load(d_query + i * width + j) * call.scale, head_dim - j);
-    }
-  }
-  T* d_key_rows =
-      const_cast<T*>(any.rows(call.d_key, call.d_key_strides, head_kv, sequence.first_k));
-  T* d_value_rows =
-      const_cast<T*>(any.rows(call.d_value, call.d_value_strides, head_kv, sequence.first_k));
-  for (int64_t k = 0; k < seq_k; ++k) {
-    for (int64_t j = 0; j < head_dim; j += kLanes)
-      store(d_key_rows + k * call.d_key_strides.row + j,
-            load(d_key + k * width + j) * missing_scale, head_dim - j);
-    for (int64_t j = 0; j < head_dim_v; j += kLanes)
-      store(d_value_rows + k * call.d_value_strides.row + j, load(d_value + k * width_v + j),
-            head_dim_v - j);
-  }
-}
-
-template <typename T>
-static void attention_backward_of(const AttentionBackward& call) {
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t unit = 0; unit < call.count * call.heads_kv; ++unit)
-    attention_backward_head<T>(call, call.sequences[unit / call.heads_kv], unit % call.heads_kv);
 }
 
 static void attention_forward(const AttentionForward& call) {
   call.type == DType::bf16 ? attention_forward_of<bf16>(call) : attention_forward_of<float>(call);
-}
-
-static void attention_backward(const AttentionBackward& call) {
-  call.type == DType::bf16 ? attention_backward_of<bf16>(call) : attention_backward_of<float>(call);
 }

@@ -138,10 +138,10 @@ struct AttentionForward : Attention {
 };
 
 struct AttentionBackward : Attention {
-  const void* d_out;
-  Strides4 d_out_strides;
+  const void *out, *d_out;
+  Strides4 out_strides, d_out_strides;
   const float* row_lse;  // [batch, heads_q, seq_q], with the sink; -inf in rows without a key
-  const float* delta;    // [batch, heads_q, seq_q]: sum(d_out * out) - d_lse
+  const float* d_lse;    // null, or [batch, heads_q, seq_q], of row_lse
   void *d_query, *d_key, *d_value;
   Strides4 d_query_strides, d_key_strides, d_value_strides;
   float* d_bias;  // null, or contiguous [batch, heads_q, seq_q, d_bias_columns]
@@ -216,6 +216,8 @@ struct Product {
   const void *gate, *up;
   void *kept, *d_up, *hidden;
   Dropout dropout;
+};
+
 // A parameter and what its optimizer knows of it: `count` contiguous numbers each, of one type.
 struct OptimizerTensors {
   void* parameter;

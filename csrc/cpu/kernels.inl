@@ -9,6 +9,7 @@
 #include "cpu/cross_entropy.inl"
 #include "cpu/operands.inl"
 #include "cpu/attention.inl"
+#include "cpu/attention_backward.inl"
 #include "cpu/narrow.inl"
 #include "cpu/attention_decode.inl"
 #include "cpu/cache_write.inl"

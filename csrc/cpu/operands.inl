@@ -1,7 +1,5 @@
 // What the products of attention read: fp32, or pairs of bf16 where the CPU multiplies these; rows,
-// columns and results of a block, laid out so that multiply_block streams them.
-
-constexpr int64_t kBlockQ = 48, kBlockK = 256;  // queries and keys of a block
+// columns and results, laid out so that multiply streams them.
 
 // What the products read of a T, and how many elements of T that is.
 template <typename T>
@@ -52,52 +50,46 @@ LLMOS_INLINE void gather_rows(const bf16* x, int64_t row_stride, int64_t rows, i
   }
 }
 
-// The same rows as the second factor of a product whose k they are.
+// The rows as the second factor of a product whose k they are: panels, b_panel apart.
 template <typename T>
 LLMOS_INLINE void gather_factor(const T* x, int64_t row_stride, int64_t rows, int64_t columns,
-                                float* out, int64_t width) {
-  gather_rows(x, row_stride, rows, columns, 1.0f, out, width);
+                                float* out, int64_t b_panel) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < columns; i += kLanes)
+      store(out + i / kPanel * b_panel + row * kPanel + i % kPanel,
+            load(x + row * row_stride + i, columns - i));
 }
 
 LLMOS_INLINE void gather_factor(const bf16* x, int64_t row_stride, int64_t rows, int64_t columns,
-                                Pair* out, int64_t width) {
+                                Pair* out, int64_t b_panel) {
   for (int64_t row = 0; row < rows; row += 2)
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const int64_t n = columns - i;
+    for (int64_t i = 0; i < columns; i += kLanes) {
       const bf16* first = x + row * row_stride + i;
-      const F low = n > 0 ? load(first, n) : F{};
-      const F high = n > 0 && row + 1 < rows ? load(first + row_stride, n) : F{};
+      const F low = load(first, columns - i);
+      const F high = row + 1 < rows ? load(first + row_stride, columns - i) : F{};
       const U pairs = as_bits(low) >> 16 | as_bits(high);
-      __builtin_memcpy(out + row / 2 * width + i, &pairs, sizeof pairs);
+      __builtin_memcpy(out + i / kPanel * b_panel + row / 2 * kPanel + i % kPanel, &pairs, 64);
     }
 }
 
-// Numbers as the first factor of a product, in their own place: pairs take half of it.
-LLMOS_INLINE void as_operands(float*, int64_t, float*) {}
+// Number i and the 15 after it as the first factor of a product whose k they are.
+LLMOS_INLINE void store_operands(float* out, int64_t i, F x) { store(out + i, x); }
 
 #if defined(LLMOS_BF16_DOT)
-LLMOS_INLINE void as_operands(float* x, int64_t n, Pair* out) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const auto narrow = _mm512_cvtneps_pbh((__m512)load(x + i));
-    __builtin_memcpy(out + i / 2, &narrow, sizeof narrow);
-  }
+LLMOS_INLINE void store_operands(Pair* out, int64_t i, F x) {
+  const auto narrow = _mm512_cvtneps_pbh((__m512)x);
+  __builtin_memcpy(out + i / 2, &narrow, sizeof narrow);
 }
 #endif
 
-// The same with its rows as k, for a first factor whose elements are one column apart.
-LLMOS_INLINE const float* rows_as_operands(const float* x, int64_t, int64_t, float*) { return x; }
+// The same of the elements_in<E> rows that are one k.
+LLMOS_INLINE void store_rows(float* out, const F* x) { store(out, x[0]); }
 
 #if defined(LLMOS_BF16_DOT)
-LLMOS_INLINE const Pair* rows_as_operands(const float* x, int64_t rows, int64_t n, Pair* out) {
-  for (int64_t row = 0; row < rows; row += 2)
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const F low = load(x + row * kBlockK + i);
-      const F high = row + 1 < rows ? load(x + (row + 1) * kBlockK + i) : F{};
-      const U pairs = __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)low), U) |
-                      __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)high), U) << 16;
-      __builtin_memcpy(out + row / 2 * kBlockK + i, &pairs, sizeof pairs);
-    }
-  return out;
+LLMOS_INLINE void store_rows(Pair* out, const F* x) {
+  const U pairs = __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)x[0]), U) |
+                  __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)x[1]), U) << 16;
+  __builtin_memcpy(out, &pairs, sizeof pairs);
 }
 #endif
 
@@ -112,11 +104,13 @@ LLMOS_INLINE const Pair* rows_as_operands(const float* x, int64_t rows, int64_t 
       x[i + (d)] = __builtin_shufflevector(a, b, LLMOS_LANES(LLMOS_LOWER, d)); \
     }
 
-// The rows transposed, operand by operand: out[column * out_row + row]; whole vectors are written.
+// The rows as the columns of a second factor, operand by operand, panel after panel; whole vectors
+// are written.
 template <typename E, typename T>
 LLMOS_INLINE void gather_columns(const T* x, int64_t row_stride, int64_t rows, int64_t columns,
-                                 E* out, int64_t out_row) {
+                                 E* out) {
   constexpr int64_t per = elements_in<E>;
+  const int64_t depth = count_of(columns, per);
   for (int64_t row = 0; row < rows; row += kLanes)
     for (int64_t i = 0; i < columns; i += per * kLanes) {
       decltype(load_operands<E>(x, 0)) square[kLanes];
@@ -134,6 +128,8 @@ LLMOS_INLINE void gather_columns(const T* x, int64_t row_stride, int64_t rows, i
       LLMOS_EXCHANGE(square, 1)
       const int64_t n = count_of(columns - i, per);
       for (int64_t lane = 0; lane < kLanes && lane < n; ++lane)
-        __builtin_memcpy(out + (i / per + lane) * out_row + row, &square[lane], 64);
+        __builtin_memcpy(
+            out + row / kPanel * kPanel * depth + (i / per + lane) * kPanel + row % kPanel,
+            &square[lane], 64);
     }
 }

@@ -3,39 +3,30 @@
 // this: the compiler finds the instruction only by name, and its 64-bit product is four times as
 // slow.
 
-LLMOS_INLINE void multiply_wide(U x, uint32_t by, U* high, U* low) {
-  const L even = multiply_even(x, U{} + by), odd = multiply_even((U)((L)x >> 32), U{} + by);
-  *low = (U)((even & 0xffffffffull) | (odd << 32));
-  *high = (U)((even >> 32) | (odd & ~0xffffffffull));
-}
-
 // Bits of the 64 columns from `column`, a multiple of 4, in row `row`.
 LLMOS_INLINE void random_bits(uint64_t seed, uint64_t row, uint32_t column, U* words) {
-  const U index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  U c0 = index + (column >> 2), c1 = U{} + uint32_t(row), c2 = U{} + uint32_t(row >> 32), c3 = U{};
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 7; ++round) {
-    U high0, low0, high1, low1;
-    multiply_wide(c0, 0xD2511F53u, &high0, &low0);
-    multiply_wide(c2, 0xCD9E8D57u, &high1, &low1);
-    c0 = high1 ^ c1 ^ k0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ k1;
-    c3 = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+  for (int half = 0; half < 2; ++half) {
+    // each word is the lower half of 64 bits: a product reads no more, so the rest may be anything
+    const L counters = {0, 4, 1, 5, 2, 6, 3, 7};  // as the shuffles below need them
+    L c0 = counters + ((column >> 2) + 8 * half), c1 = L{} + row, c2 = L{} + (row >> 32), c3 = {};
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 7; ++round) {
+      const L product0 = multiply_even((U)c0, U{} + 0xD2511F53u);
+      const L product1 = multiply_even((U)c2, U{} + 0xCD9E8D57u);
+      c0 = (product1 >> 32) ^ c1 ^ uint64_t(k0);
+      c1 = product1;
+      c2 = (product0 >> 32) ^ c3 ^ uint64_t(k1);
+      c3 = product0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    // word w of counter i belongs to column 4 i + w: a 16 x 4 transposition
+    const U even = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
+    const L low = (L)__builtin_shuffle((U)c0, (U)c1, even);
+    const L high = (L)__builtin_shuffle((U)c2, (U)c3, even);
+    words[2 * half] = (U)__builtin_shuffle(low, high, L{0, 8, 2, 10, 4, 12, 6, 14});
+    words[2 * half + 1] = (U)__builtin_shuffle(low, high, L{1, 9, 3, 11, 5, 13, 7, 15});
   }
-  // word w of counter i belongs to column 4 i + w: a 16 x 4 transposition
-  const U low_pairs = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  const U high_pairs = low_pairs + 8u;
-  const U low_quads = {0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23};
-  const U high_quads = low_quads + 8u;
-  const U a = __builtin_shuffle(c0, c1, low_pairs), b = __builtin_shuffle(c2, c3, low_pairs);
-  const U c = __builtin_shuffle(c0, c1, high_pairs), d = __builtin_shuffle(c2, c3, high_pairs);
-  words[0] = __builtin_shuffle(a, b, low_quads);
-  words[1] = __builtin_shuffle(a, b, high_quads);
-  words[2] = __builtin_shuffle(c, d, low_quads);
-  words[3] = __builtin_shuffle(c, d, high_quads);
 }
 
 // Factors of `count` columns from `column`, a multiple of 4: 0 or dropout.scale. The buffer has

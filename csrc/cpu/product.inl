@@ -2,8 +2,7 @@
 // all threads, a block of rows of a by the thread that multiplies it, and a tile of sums stays in
 // registers along a part of k. Sums are taken in the order of k, whatever the threads and blocks.
 
-constexpr int64_t kPart = 384;  // of k, in fp32 or pairs of bf16
-constexpr int64_t kPanel = kTileVectors * kLanes;
+constexpr int64_t kPart = 384;                              // of k, in fp32 or pairs of bf16
 constexpr int64_t kBlockRows = 96 / kTileRows * kTileRows;  // of a: 150 KB with a part of k
 constexpr int64_t kPackedFloats = 1 << 21;                  // of b at a time
 
@@ -36,6 +35,18 @@ static Matrix<T> copied(const Matrix<T>& x) {
   return {copy, x.rows, x.columns, x.columns, 1};
 }
 
+// x: [k, columns], as panels.
+template <typename E, typename T>
+static void pack_panels(const Matrix<T>& x, E* out) {
+  if (x.column_stride == 1)
+    gather_factor(x.data, x.row_stride, x.rows, x.columns, out,
+                  count_of(x.rows, elements_in<E>) * kPanel);
+  else if (x.row_stride == 1)
+    gather_columns(x.data, x.column_stride, x.columns, x.rows, out);
+  else
+    pack_panels(copied(x), out);
+}
+
 // 16 operands of row k (and k + 1) from column n on; beyond its columns and rows they are 0.
 template <typename E, typename T>
 LLMOS_INLINE auto load_factor(const Matrix<T>& x, int64_t k, int64_t n) {
@@ -46,26 +57,6 @@ LLMOS_INLINE auto load_factor(const Matrix<T>& x, int64_t k, int64_t n) {
     const F low = load(first, x.columns - n);
     const F high = k + 1 < x.rows ? load(first + x.row_stride, x.columns - n) : F{};
     return U(as_bits(low) >> 16 | as_bits(high));
-  }
-}
-
-// x: [k, columns], by panels of columns, in each k after k.
-template <typename E, typename T>
-static void pack_panels(const Matrix<T>& x, E* out) {
-  const int64_t operands = count_of(x.rows, elements_in<E>);
-  if (x.column_stride == 1) {
-    for (int64_t k = 0; k < operands; ++k)
-      for (int64_t n = 0; n < x.columns; n += kLanes) {
-        const auto vector = load_factor<E>(x, k * elements_in<E>, n);
-        __builtin_memcpy(out + (n / kPanel * operands + k) * kPanel + n % kPanel, &vector, 64);
-      }
-  } else if (x.row_stride == 1) {
-    for (int64_t n = 0; n < x.columns; n += kPanel)
-      gather_columns(x.data + n * x.column_stride, x.column_stride,
-                     x.columns - n < kPanel ? x.columns - n : kPanel, x.rows, out + n * operands,
-                     kPanel);
-  } else {
-    pack_panels(copied(x), out);
   }
 }
 
@@ -87,49 +78,65 @@ static bool pack_rows(const Matrix<T>& x, E* out) {
   return true;
 }
 
-template <bool by_tile, int rows, int vectors, typename E>
-LLMOS_INLINE void multiply_packed(int64_t depth, const E* a, const E* b, float* c, int64_t c_row,
-                                  bool accumulate) {
-  multiply_tile<rows, vectors>(depth, a, by_tile ? 1 : kPackedRow, by_tile ? kTileRows : 1, b,
-                               kPanel, c, c_row, accumulate);
-}
+// Where the sums of a tile go: to `sums`, on top of what other parts of k gave, or, as the last
+// part's and with the bias, to `out`.
+template <typename T>
+struct Destination {
+  float* sums;
+  int64_t sums_row;
+  bool accumulate;
+  T* out;  // null: to sums
+  int64_t out_row;
+  const T* bias;
+};
 
-// c[rows, vectors * 16] = (or +=) a b for one panel of b.
-template <bool by_tile, int vectors, typename E>
-static void multiply_panel(int64_t rows, int64_t depth, const E* a, const E* b, float* c,
-                           int64_t c_row, bool accumulate) {
-  constexpr int64_t row = by_tile ? 1 : kPackedRow, tile = by_tile ? kPackedTile : kTileRows * row;
-  int64_t m = 0;
-  for (; m + kTileRows <= rows; m += kTileRows, a += tile)
-    multiply_packed<by_tile, kTileRows, vectors>(depth, a, b, c + m * c_row, c_row, accumulate);
-  for (; m + 4 <= rows; m += 4, a += 4 * row)
-    multiply_packed<by_tile, 4, vectors>(depth, a, b, c + m * c_row, c_row, accumulate);
-  for (; m < rows; ++m, a += row)
-    multiply_packed<by_tile, 1, vectors>(depth, a, b, c + m * c_row, c_row, accumulate);
-}
-
-// c[rows, columns] += a b for packed panels of b; their columns are padded to whole panels.
-template <bool by_tile, typename E>
-static void multiply_panels(int64_t rows, int64_t columns, int64_t depth, const E* a, const E* b,
-                            float* c, int64_t c_row, bool accumulate) {
-  for (int64_t n = 0; n < columns; n += kPanel) {
-    if (columns - n > kLanes)
-      multiply_panel<by_tile, kTileVectors>(rows, depth, a, b + n * depth, c + n, c_row,
-                                            accumulate);
-    else
-      multiply_panel<by_tile, 1>(rows, depth, a, b + n * depth, c + n, c_row, accumulate);
+template <bool by_tile, int tile_rows, int vectors, typename T, typename E>
+LLMOS_INLINE void product_tile(int64_t rows, int64_t columns, int64_t depth, const E* a, const E* b,
+                               const Destination<T>& to, int64_t row, int64_t column) {
+  float* c = to.sums + row * to.sums_row + column;
+  F sums[tile_rows][vectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < tile_rows; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v)
+      sums[m][v] = to.accumulate ? load(c + m * to.sums_row + v * kLanes) : F{};
+  add_tile(depth, a, by_tile ? 1 : kPackedRow, by_tile ? kTileRows : 1, b, sums);
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t n = columns - v * kLanes;
+    const F bias = to.bias ? load(to.bias + column + v * kLanes, n) : F{};
+#pragma GCC unroll 16
+    for (int m = 0; m < tile_rows; ++m)
+      if (to.out == nullptr)
+        store(c + m * to.sums_row + v * kLanes, sums[m][v]);
+      else if (m < rows)
+        store(to.out + (row + m) * to.out_row + column + v * kLanes, sums[m][v] + bias, n);
   }
 }
 
-// The same for rows of a that are yet to be packed.
-template <typename T, typename E>
-static void multiply_rows(const Matrix<T>& a, E* packed_a, const E* b, int64_t columns, float* c,
-                          int64_t c_row, bool accumulate) {
-  const int64_t depth = count_of(a.columns, elements_in<E>);
-  if (pack_rows(a, packed_a))
-    multiply_panels<true>(a.rows, columns, depth, packed_a, b, c, c_row, accumulate);
-  else
-    multiply_panels<false>(a.rows, columns, depth, packed_a, b, c, c_row, accumulate);
+template <bool by_tile, int vectors, typename T, typename E>
+static void product_panel(int64_t rows, int64_t columns, int64_t depth, const E* a, const E* b,
+                          const Destination<T>& to, int64_t column) {
+  for (int64_t m = 0; m < rows; m += kTileRows) {
+    const E* tile = a + (by_tile ? m / kTileRows * kPackedTile : m * kPackedRow);
+    const int64_t left = rows - m;
+    if (left > 2 * kRowStep)
+      product_tile<by_tile, kTileRows, vectors>(left, columns, depth, tile, b, to, m, column);
+    else if (left > kRowStep)
+      product_tile<by_tile, 2 * kRowStep, vectors>(left, columns, depth, tile, b, to, m, column);
+    else
+      product_tile<by_tile, kRowStep, vectors>(left, columns, depth, tile, b, to, m, column);
+  }
+}
+
+template <bool by_tile, typename T, typename E>
+static void product_panels(int64_t rows, int64_t columns, int64_t depth, const E* a, const E* b,
+                           const Destination<T>& to) {
+  for (int64_t n = 0; n < columns; n += kPanel)
+    if (columns - n > kLanes)
+      product_panel<by_tile, kTileVectors>(rows, columns - n, depth, a, b + n * depth, to, n);
+    else
+      product_panel<by_tile, 1>(rows, columns - n, depth, a, b + n * depth, to, n);
 }
 
 // How a product is cut: of b, `step` columns along `parts_at_once` parts of k are packed at a time.
@@ -188,12 +195,25 @@ static void multiply_block(const Product& call, const Matrix<T>& a, const Packed
   const int64_t columns = between(0, end * kPanel, packed.columns) - column;
   constexpr int64_t packed_floats = kBlockRows * (kPackedRow + kLanes);
   float* scratch = thread_scratch().floats(packed_floats + (shared ? 0 : kBlockRows * plan.step));
-  float* sums = shared ? shared + row * plan.step + column : scratch + packed_floats;
-  for (int64_t part = packed.first; part < packed.last; ++part)
-    multiply_rows(a.part(row, plan.k(part), rows, plan.length(part)), reinterpret_cast<E*>(scratch),
-                  packed.panel(part, begin), columns, sums, plan.step, part > 0);
-  if (packed.last == plan.parts)
-    finish_block<T>(call, {row, rows, packed.column + column, columns}, sums, plan.step);
+  E* packed_a = reinterpret_cast<E*>(scratch);
+  Destination<T> to = {};
+  to.sums = shared ? shared + row * plan.step + column : scratch + packed_floats;
+  to.sums_row = plan.step;
+  for (int64_t part = packed.first; part < packed.last; ++part) {
+    const int64_t length = plan.length(part), depth = count_of(length, plan.per);
+    to.accumulate = part > 0;
+    if (part + 1 == plan.parts && call.finish == Finish::none) {
+      to.out_row = call.columns;
+      to.out = row_of<T>(call.out, row, to.out_row) + packed.column + column;
+      to.bias = call.bias ? static_cast<const T*>(call.bias) + packed.column + column : nullptr;
+    }
+    if (pack_rows(a.part(row, plan.k(part), rows, length), packed_a))
+      product_panels<true>(rows, columns, depth, packed_a, packed.panel(part, begin), to);
+    else
+      product_panels<false>(rows, columns, depth, packed_a, packed.panel(part, begin), to);
+  }
+  if (packed.last == plan.parts && call.finish != Finish::none)
+    finish_block<T>(call, {row, rows, packed.column + column, columns}, to.sums, plan.step);
 }
 
 template <typename T>
@@ -208,7 +228,7 @@ static void product_of(const Product& call) {
   float* panels = thread_scratch<2>().floats(plan.parts_at_once * kPart * plan.step);
   float* shared = plan.parts_at_once == plan.parts
                       ? nullptr
-                      : thread_scratch<3>().floats(call.rows * plan.step);
+                      : thread_scratch<3>().floats(plan.tiles * kTileRows * plan.step);
   PackedPanels<E> packed = {reinterpret_cast<E*>(panels), plan, 0, 0, 0, 0};
   for (; packed.column < call.columns; packed.column += plan.step)
     for (packed.first = 0; packed.first < plan.parts; packed.first = packed.last) {

@@ -1,4 +1,5 @@
-// What follows the sums of a product, while a block of them lies in cache.
+// The activation, gate and dropout that follow the sums of a product, while a block of them lies in
+// cache.
 
 struct Block {
   int64_t row, rows, column, columns;
@@ -40,13 +41,11 @@ static void finish_activated(const Product& call, const Block& block, float* sum
 template <typename T>
 static void finish_block(const Product& call, const Block& block, float* sums, int64_t width) {
   const T* bias = call.bias ? static_cast<const T*>(call.bias) + block.column : nullptr;
-  void* kept = call.finish == Finish::none ? call.out : call.kept;
   if (call.finish != Finish::gradients)
     for (int64_t i = 0; i < block.rows; ++i) {
-      T* row = kept ? row_of<T>(kept, block.row + i, call.columns) + block.column : nullptr;
-      finish_sums(bias, block.columns, sums + i * width, row);
+      T* kept = row_of<T>(call.kept, block.row + i, call.columns);
+      finish_sums(bias, block.columns, sums + i * width, kept ? kept + block.column : nullptr);
     }
-  if (call.finish == Finish::none) return;
   switch (call.activation) {
     case Activation::relu:
       return finish_activated<T, Activation::relu>(call, block, sums, width);

@@ -1,7 +1,11 @@
-// c[m, n] = (or +=) sum_k a[m, k] b[k, n] from blocks that lie in cache. `a` has any strides: its
-// elements are broadcast. Rows of b and c are padded to whole vectors. kTileRows and kTileVectors
-// come from the file that includes this: together with one row of b they fill the register file.
+// c[m, n] = (or +=) sum_k a[m, k] b[k, n] from operands that lie in cache. `a` has any strides: its
+// elements are broadcast. b lies in panels of kPanel columns: b[n / kPanel][k][n % kPanel]. Columns
+// of b and c are padded to whole vectors, rows of a and c to whole steps of kRowStep. kTileRows and
+// kTileVectors come from the file that includes this: with one row of b they fill the registers.
 // Elements are fp32 or, where the CPU multiplies these, pairs of bf16 that follow one another in k.
+
+constexpr int64_t kPanel = kTileVectors * kLanes;
+constexpr int kRowStep = kTileRows / 3 > 0 ? kTileRows / 3 : 1;
 
 LLMOS_INLINE void multiply_add(F& sum, F a, F b) { sum += a * b; }
 
@@ -19,20 +23,14 @@ LLMOS_INLINE void multiply_add(F& sum, U a, U b) {
 }
 #endif
 
+// sums += a b of a tile.
 template <int rows, int vectors, typename E>
-LLMOS_INLINE void multiply_tile(int64_t depth, const E* a, int64_t a_row, int64_t a_depth,
-                                const E* b, int64_t b_row, float* c, int64_t c_row,
-                                bool accumulate) {
-  F sums[rows][vectors];
-#pragma GCC unroll 16
-  for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v)
-      sums[m][v] = accumulate ? load(c + m * c_row + v * kLanes) : F{};
+LLMOS_INLINE void add_tile(int64_t depth, const E* a, int64_t a_row, int64_t a_depth, const E* b,
+                           F (&sums)[rows][vectors]) {
   for (int64_t k = 0; k < depth; ++k) {
     decltype(load(b)) row[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) row[v] = load(b + k * b_row + v * kLanes);
+    for (int v = 0; v < vectors; ++v) row[v] = load(b + k * kPanel + v * kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < rows; ++m) {
       const auto element = splat(a[m * a_row + k * a_depth]);
@@ -40,37 +38,48 @@ LLMOS_INLINE void multiply_tile(int64_t depth, const E* a, int64_t a_row, int64_
       for (int v = 0; v < vectors; ++v) multiply_add(sums[m][v], element, row[v]);
     }
   }
+}
+
+template <int rows, int vectors, typename E>
+LLMOS_INLINE void multiply_tile(int64_t depth, const E* a, int64_t a_row, int64_t a_depth,
+                                const E* b, float* c, int64_t c_row, bool accumulate) {
+  F sums[rows][vectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v)
+      sums[m][v] = accumulate ? load(c + m * c_row + v * kLanes) : F{};
+  add_tile(depth, a, a_row, a_depth, b, sums);
 #pragma GCC unroll 16
   for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) store(c + m * c_row + v * kLanes, sums[m][v]);
 }
 
-template <int vectors, typename E>
-LLMOS_INLINE void multiply_columns(int64_t rows, int64_t depth, const E* a, int64_t a_row,
-                                   int64_t a_depth, const E* b, int64_t b_row, float* c,
-                                   int64_t c_row, bool accumulate) {
-  int64_t m = 0;
-  for (; m + kTileRows <= rows; m += kTileRows)
-    multiply_tile<kTileRows, vectors>(depth, a + m * a_row, a_row, a_depth, b, b_row, c + m * c_row,
-                                      c_row, accumulate);
-  for (; m + 4 <= rows; m += 4)
-    multiply_tile<4, vectors>(depth, a + m * a_row, a_row, a_depth, b, b_row, c + m * c_row, c_row,
-                              accumulate);
-  for (; m < rows; ++m)
-    multiply_tile<1, vectors>(depth, a + m * a_row, a_row, a_depth, b, b_row, c + m * c_row, c_row,
-                              accumulate);
+template <int rows, typename E>
+LLMOS_INLINE void multiply_panels(int64_t columns, int64_t depth, const E* a, int64_t a_row,
+                                  int64_t a_depth, const E* b, int64_t b_panel, float* c,
+                                  int64_t c_row, bool accumulate) {
+  int64_t n = 0;
+  for (; n + kPanel <= round_up(columns, kLanes); n += kPanel, b += b_panel)
+    multiply_tile<rows, kTileVectors>(depth, a, a_row, a_depth, b, c + n, c_row, accumulate);
+  for (; n < columns; n += kLanes, b += kLanes)
+    multiply_tile<rows, 1>(depth, a, a_row, a_depth, b, c + n, c_row, accumulate);
 }
 
+// b's panels begin b_panel apart.
 template <typename E>
-static void multiply_block(int64_t rows, int64_t columns, int64_t depth, const E* a, int64_t a_row,
-                           int64_t a_depth, const E* b, int64_t b_row, float* c, int64_t c_row,
-                           bool accumulate) {
-  constexpr int64_t wide = kTileVectors * kLanes;
-  int64_t n = 0;
-  for (; n + wide <= round_up(columns, kLanes); n += wide)
-    multiply_columns<kTileVectors>(rows, depth, a, a_row, a_depth, b + n, b_row, c + n, c_row,
-                                   accumulate);
-  for (; n < columns; n += kLanes)
-    multiply_columns<1>(rows, depth, a, a_row, a_depth, b + n, b_row, c + n, c_row, accumulate);
+static void multiply(int64_t rows, int64_t columns, int64_t depth, const E* a, int64_t a_row,
+                     int64_t a_depth, const E* b, int64_t b_panel, float* c, int64_t c_row,
+                     bool accumulate) {
+  int64_t m = 0;
+  for (; rows - m > 2 * kRowStep; m += kTileRows)
+    multiply_panels<kTileRows>(columns, depth, a + m * a_row, a_row, a_depth, b, b_panel,
+                               c + m * c_row, c_row, accumulate);
+  if (rows - m > kRowStep)
+    multiply_panels<2 * kRowStep>(columns, depth, a + m * a_row, a_row, a_depth, b, b_panel,
+                                  c + m * c_row, c_row, accumulate);
+  else if (rows > m)
+    multiply_panels<kRowStep>(columns, depth, a + m * a_row, a_row, a_depth, b, b_panel,
+                              c + m * c_row, c_row, accumulate);
 }

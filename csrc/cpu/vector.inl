@@ -113,6 +113,17 @@ LLMOS_INLINE F lane_sums(F (&x)[kLanes]) {
   return LLMOS_FOLD(x[0], x[1], 1);
 }
 
+// Lane l is the largest lane of x[l].
+#define LLMOS_FOLD_MAXIMUM(a, b, d)                                       \
+  maximum(__builtin_shufflevector(a, b, LLMOS_LANES(LLMOS_FOLD_SAME, d)), \
+          __builtin_shufflevector(a, b, LLMOS_LANES(LLMOS_FOLD_OTHER, d)))
+LLMOS_INLINE F lane_maxima(F (&x)[kLanes]) {
+  for (int i = 0; i < 8; ++i) x[i] = LLMOS_FOLD_MAXIMUM(x[i], x[i + 8], 8);
+  for (int i = 0; i < 4; ++i) x[i] = LLMOS_FOLD_MAXIMUM(x[i], x[i + 4], 4);
+  for (int i = 0; i < 2; ++i) x[i] = LLMOS_FOLD_MAXIMUM(x[i], x[i + 2], 2);
+  return LLMOS_FOLD_MAXIMUM(x[0], x[1], 1);
+}
+
 LLMOS_INLINE float maximum(F x) {
   x = maximum(x, LLMOS_SWAPPED(x, 8));
   x = maximum(x, LLMOS_SWAPPED(x, 4));
@@ -162,6 +173,34 @@ LLMOS_INLINE F exponential(F x) {
   const F result = select(x < splat(-87.3f), splat(0.0f),
                           select(x > splat(88.72f), splat(__builtin_inff()), scaled));
   return select(x != x, x, result);
+}
+#endif
+
+LLMOS_INLINE F power_of_2_near_0(F r) {  // |r| <= 1/2
+  F p = splat(1.3264727197e-3f);
+  p = p * r + 9.6715126396e-3f;
+  p = p * r + 5.5507337433e-2f;
+  p = p * r + 2.4022242085e-1f;
+  p = p * r + 6.9314697760e-1f;
+  return p * r + 1.0f;
+}
+
+// 2^x within 1.7e-7 of it for x up to 127; 0 below -125.
+#if defined(LLMOS_AVX512)
+LLMOS_INLINE F power_of_2(F x) {
+  const F n = (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const F p = power_of_2_near_0(x - n);
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-125.0f), _CMP_NLT_UQ);
+  return (F)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+}
+#else
+LLMOS_INLINE F power_of_2(F x) {
+  const F clamped = select(x < splat(-125.0f), splat(-125.0f), x);
+  const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const F shifted = clamped + magic;
+  const F p = power_of_2_near_0(clamped - (shifted - magic));
+  const F result = as_float(as_bits(p) + (as_bits(shifted) << 23));
+  return select(x != x, x, select(x < splat(-125.0f), F{}, result));
 }
 #endif
 

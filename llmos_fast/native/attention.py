@@ -342,21 +342,20 @@ def _backward_cpu(
         query, key, value, mask, bias, lengths, cu_q, cu_k, alibi, sinks, causal, left, right,
         softcap, p, seed, scale,
     )  # fmt: skip
-    d_out = rows_contiguous(d_out)
-    delta = (d_out.float() * out.float()).sum(-1)
-    if query.dim() == 3:
-        delta = delta.transpose(0, 1)
+    out, d_out = rows_contiguous(out), rows_contiguous(d_out)
     row_lse, d_sinks = lse, torch.zeros(0)
     if sinks is not None:
         sink = sinks.float().view(-1, 1)
         row_lse = torch.logaddexp(lse, sink).masked_fill(lse == -torch.inf, -torch.inf)
         if need_sinks:
             probability = torch.exp(sink - row_lse).masked_fill(lse == -torch.inf, 0.0)
-            heads = 1 if query.dim() == 4 else 0
+            delta = (d_out.float() * out.float()).sum(-1)
+            delta, heads = (delta, 1) if query.dim() == 4 else (delta.transpose(0, 1), 0)
             d_sinks = -(probability * delta).transpose(0, heads).flatten(1).sum(1)
     if d_lse is not None:
         # lse counts the keys only: with a sink its probabilities are larger than those of out
-        delta = delta - d_lse * torch.exp(row_lse - lse).masked_fill(lse == -torch.inf, 0.0)
+        d_lse = d_lse * torch.exp(row_lse - lse).masked_fill(lse == -torch.inf, 0.0)
+        d_lse = d_lse.contiguous()
     d_query, d_key, d_value = (_empty_like_input(t) for t in (call.query, call.key, call.value))
     if query.dim() == 3 or lengths is not None:
         # rows outside of every sequence are not visited
@@ -366,13 +365,15 @@ def _backward_cpu(
     scores = _scores_shape(query, key)
     # tiles that a mask, a length or a window excludes are skipped
     d_bias = torch.zeros(scores if need_bias else (0, 0, 0, 0))
-    row_lse, delta = row_lse.contiguous(), delta.contiguous()
+    row_lse = row_lse.contiguous()
     _C.attention_backward(
         call.native,
+        out.data_ptr(),
+        _strides(out),
         d_out.data_ptr(),
         _strides(d_out),
         row_lse.data_ptr(),
-        delta.data_ptr(),
+        address(d_lse),
         d_query.data_ptr(),
         d_key.data_ptr(),
         d_value.data_ptr(),
