@@ -1,6 +1,6 @@
 """llmos_fast: a fast Transformer engine for PyTorch, drop-in layers on kernels of its own."""
 
-from llmos_fast import ops, reference
+from llmos_fast import ops, optim, reference
 from llmos_fast.data import load_tokenizer
 from llmos_fast.dispatch import explain, use
 from llmos_fast.models import TransformerModel, load
@@ -44,6 +44,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "ops",
+    "optim",
     "quantize",
     "quantize_",
     "reference",

@@ -52,12 +52,14 @@ class AdamW(torch.optim.AdamW):
             for option in _OPTIONS:
                 if group[option]:
                     return f"needs {option}=False, got {group[option]}"
-        reason: str | None = _native.unsupported(
-            (p, p.grad, *(v for k, v in self.state.get(p, {}).items() if k != "step"))
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        )
+        found: list[tuple[Tensor, ...]] = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state.get(p, {})
+                    moments = (state["exp_avg"], state["exp_avg_sq"]) if state else ()
+                    found.append((p, p.grad, *moments))
+        reason: str | None = _native.unsupported(found)
         return reason
 
     def step(

@@ -292,6 +292,8 @@ def test_autograd_sees_the_update():
         loss.backward()
 
 
+# torch's compiler imports what torch has deprecated
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_under_compile():
     made = [make(kind) for kind in (AdamW, torch.optim.AdamW)]
     for optimizer in made:

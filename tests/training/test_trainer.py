@@ -66,6 +66,18 @@ def test_clipping(make_trainer):
     assert next(make_trainer(clip_norm=0).steps()).gradient_norm.item() == 0
 
 
+def test_adamw_clips_as_torch_does(make_trainer):
+    settings = {"clip_norm": 0.05, "learning_rate": 0.01, "dropout": 0.0}
+    ours, theirs = make_trainer(**settings), make_trainer(**settings)
+    assert ours.optimizer.refusal() is None
+    theirs.optimizer = torch.optim.AdamW(theirs.model.parameters(), lr=0.01)
+    ours, theirs = list(ours.steps()), list(theirs.steps())
+    assert all(step.gradient_norm > 0.05 for step in ours)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.gradient_norm, other.gradient_norm)
+        torch.testing.assert_close(mine.loss, other.loss)
+
+
 def test_schedule_reaches_the_optimizer(make_trainer):
     trainer = make_trainer(schedule="inverse_sqrt", warmup_steps=4)
     for step in trainer.steps():
