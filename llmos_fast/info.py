@@ -80,7 +80,7 @@ def _products() -> str:
         from llmos_fast.native.product import route
     except ImportError:
         return "torch"
-    names = {"own": "own kernel", "onednn": "oneDNN", "torch": "torch's own (MKL, oneDNN)"}
+    names = {"own": "own kernel", "onednn": "oneDNN", "torch": "torch's choice (MKL, oneDNN)"}
     return ", ".join(
         f"{label}: {names[route(dtype)]}"
         for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))

@@ -5,15 +5,6 @@
 constexpr int kTileWeights = 4, kTileInputs = kRegisterLanes == kLanes ? 4 : 2;
 #define LLMOS_MODULO(l, n) ((l) % (n))
 
-// One register: gcc 12 keeps sums of several in memory (avx2, 8 rows: 4 GB/s).
-using R = float __attribute__((vector_size(4 * kRegisterLanes)));
-
-LLMOS_INLINE R load_register(const float* x) {
-  R lanes;
-  __builtin_memcpy(&lanes, x, sizeof lanes);
-  return lanes;
-}
-
 LLMOS_INLINE R load_register(const bf16* x) {
   uint16_t __attribute__((vector_size(2 * kRegisterLanes))) lanes;
   __builtin_memcpy(&lanes, x, sizeof lanes);
@@ -32,11 +23,6 @@ LLMOS_INLINE auto load_features(const T* x, int64_t n) {
     __builtin_memcpy(lanes, x, n * sizeof(T));
     return load_register(lanes);
   }
-}
-
-template <typename V>
-LLMOS_INLINE void multiply_add(V& sum, V a, V b) {
-  sum += a * b;
 }
 
 // Adds the products of the n features from k on, at most a register of them, and asks for those of

@@ -94,23 +94,20 @@ template <bool by_tile, int tile_rows, int vectors, typename T, typename E>
 LLMOS_INLINE void product_tile(int64_t rows, int64_t columns, int64_t depth, const E* a, const E* b,
                                const Destination<T>& to, int64_t row, int64_t column) {
   float* c = to.sums + row * to.sums_row + column;
-  F sums[tile_rows][vectors];
-#pragma GCC unroll 16
-  for (int m = 0; m < tile_rows; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v)
-      sums[m][v] = to.accumulate ? load(c + m * to.sums_row + v * kLanes) : F{};
+  R sums[tile_rows][vectors * kRegisters];
+  load_tile(c, to.sums_row, to.accumulate, sums);
   add_tile(depth, a, by_tile ? 1 : kPackedRow, by_tile ? kTileRows : 1, b, sums);
+  if (to.out == nullptr) return store_tile(c, to.sums_row, sums);
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
     const int64_t n = columns - v * kLanes;
     const F bias = to.bias ? load(to.bias + column + v * kLanes, n) : F{};
 #pragma GCC unroll 16
-    for (int m = 0; m < tile_rows; ++m)
-      if (to.out == nullptr)
-        store(c + m * to.sums_row + v * kLanes, sums[m][v]);
-      else if (m < rows)
-        store(to.out + (row + m) * to.out_row + column + v * kLanes, sums[m][v] + bias, n);
+    for (int m = 0; m < tile_rows; ++m) {
+      F value;
+      __builtin_memcpy(&value, &sums[m][v * kRegisters], sizeof value);
+      if (m < rows) store(to.out + (row + m) * to.out_row + column + v * kLanes, value + bias, n);
+    }
   }
 }
 

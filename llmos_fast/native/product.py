@@ -1,10 +1,7 @@
 """The matrix product of all native ops, and the one table of who computes it.
 
-csrc/cpu/product.inl takes any strides, so the gradients call it with transposed views. GFLOP/s on 2
-cores of an AMD Zen 4 (peaks 235 in fp32, 470 in bf16), forward / d_x / d_weight of 1024 x 3072 x
-768: own 217 / 213 / 217 and 431 / 427 / 434; oneDNN 193 / 215 / 170 and 381 / 379 / 275; F.linear
-(MKL in fp32) 176 / 194 / 197 and 354 / 371 / 341. Nothing is packed ahead: a cache of packed
-weights would go stale where a weight is written through ``.data``.
+csrc/cpu/product.inl takes any strides, so the gradients call it with transposed views. Nothing is
+packed ahead: a cache of packed weights would go stale where a weight is written through ``.data``.
 
 Few rows read the weight once from memory, whatever the arithmetic: csrc/cpu/linear_rows.inl. On 2
 cores of an AMD Zen 4 it is ahead of both libraries up to 24 rows of fp32 and 48 of bf16. With all
@@ -32,23 +29,40 @@ ROUTES = ("own", "onednn", "torch")
 _FEW_ROWS = 16
 
 
-@cache
-def route(dtype: torch.dtype) -> str:
-    """Who multiplies more than a few rows of ``dtype`` here: "own", "onednn" or "torch".
+# Below these the libraries, which pack less, are faster: 128 x 128 x 128 takes F.linear 34-40 us,
+# the own kernel 54; 32 x 768 x 768 takes oneDNN 226-336 us, the own kernel 588-832.
+_LEAST_SIDE, _LEAST_WORK = 128, 2**23
+_LEAST_WORK_OF_ONEDNN = 2**22
 
-    The environment variable LLMOS_FAST_PRODUCT decides, else the maker of the CPU: torch's
-    libraries leave AMD's a tenth to two thirds of their peak; Intel's have tiles (AMX) for bf16,
-    which the own kernel does not use.
-    """
-    asked = os.environ.get("LLMOS_FAST_PRODUCT", "")
-    if asked and asked not in ROUTES:
+
+@cache
+def asked() -> str:
+    """What LLMOS_FAST_PRODUCT forces on every product of more than a few rows; "" if nothing."""
+    name = os.environ.get("LLMOS_FAST_PRODUCT", "")
+    if name and name not in ROUTES:
         raise ValueError(
             f"LLMOS_FAST_PRODUCT must be one of {', '.join(ROUTES)} (or empty for the table), "
-            f"got {asked!r}"
+            f"got {name!r}"
         )
-    if asked == "onednn" and dtype != torch.float32:
-        return "torch"  # which is oneDNN for bf16
-    return asked or ("own" if _is_amd() else "torch")
+    return name
+
+
+@cache
+def route(dtype: torch.dtype) -> str:
+    """Who multiplies large matrices of ``dtype`` on this CPU: "own", "onednn" or "torch".
+
+    fp32: torch sends it to MKL, which leaves AMD's CPUs a tenth (Zen 4) to two thirds (Zen 5) of
+    their peak. bf16: without instructions for it torch needs 5 to 100 times as long; with tiles of
+    it (Intel's AMX) nothing is faster than torch's oneDNN.
+    """
+    if asked():
+        # torch's way for bf16 is oneDNN
+        return "torch" if asked() == "onednn" and dtype != torch.float32 else asked()
+    sets = _C.cpu_sets()
+    if "avx2" not in sets:
+        return "torch"
+    own = _is_amd() or (dtype == torch.bfloat16 and "avx512_bf16" not in sets)
+    return "own" if own else "torch"
 
 
 def _is_amd() -> bool:
@@ -56,17 +70,31 @@ def _is_amd() -> bool:
     return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
 
 
+def way(x: Tensor, weight: Tensor) -> str:
+    """Who multiplies these: "few rows", or as ``route`` says, unless they are too small for it."""
+    if takes_few_rows(x, weight):
+        return "few rows"
+    best = route(x.dtype)
+    if best != "own" or asked():
+        return best
+    (rows, depth), columns = x.shape, weight.shape[0]
+    work = rows * columns * depth
+    if work >= _LEAST_WORK and min(rows, columns, depth) >= _LEAST_SIDE:
+        return "own"
+    return "onednn" if x.dtype == torch.float32 and work >= _LEAST_WORK_OF_ONEDNN else "torch"
+
+
 def _product_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         bias = bias.contiguous()  # oneDNN reads a strided one as if it were, and so do the kernels
-    if takes_few_rows(x, weight):
+    best = way(x, weight)
+    if best == "few rows":
         return _linear_rows(x, weight, bias)
-    way = route(x.dtype)
-    if way == "own":
+    if best == "own":
         out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
         _C.product(*own_arguments(x, weight, bias, out))
         return out
-    if way == "torch" or x.numel() == 0 or weight.numel() == 0:
+    if best == "torch" or x.numel() == 0 or weight.numel() == 0:
         return F.linear(x, weight, bias)
     linear: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return linear

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmos_fast.native.activation import CODES, activation_backward, activation_forward
 from llmos_fast.native.common import _C, address, dropout_arguments
-from llmos_fast.native.product import own_arguments, product, route, takes_few_rows
+from llmos_fast.native.product import own_arguments, product, way
 
 # enum Finish of csrc/cpu/kernels.h
 _ACTIVATE, _GATE, _GRADIENTS = 1, 2, 3
@@ -32,7 +32,7 @@ def product_activated(
     hidden = dropout(activation(sums)), or dropout(activation(gate) * sums) where there is a gate.
     """
     nothing = x.new_empty(0)
-    if not _fuses(x, weight):
+    if way(x, weight) != "own":
         sums = product(x, weight, bias)
         pair = (sums, None) if gate is None else (gate, sums)
         return activation_forward(*pair, activation, p, seed), sums if keep else nothing
@@ -64,7 +64,7 @@ def product_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(d_gate, d_up, hidden) where d_out weight is the gradient of hidden, computed again."""
     transposed = weight.t()
-    if not _fuses(d_out, transposed):
+    if way(d_out, transposed) != "own":
         d_hidden = product(d_out, transposed, None)
         return activation_backward(gate, up, d_hidden, activation, p, seed)
     d_gate, hidden = torch.empty_like(gate), torch.empty_like(gate)
@@ -81,7 +81,3 @@ def product_gradients(
         *dropout_arguments(seed, p),
     )
     return d_gate, d_up, hidden
-
-
-def _fuses(x: Tensor, weight: Tensor) -> bool:
-    return route(x.dtype) == "own" and not takes_few_rows(x, weight)

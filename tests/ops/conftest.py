@@ -3,6 +3,7 @@
 import pytest
 
 from llmos_fast import _C
+from llmos_fast.native import product
 
 
 @pytest.fixture(params=["avx512", "avx2", "generic"])
@@ -13,3 +14,19 @@ def cpu_set(request):
     _C.force_cpu(request.param)
     yield request.param
     _C.force_cpu("")
+
+
+@pytest.fixture
+def products_by(monkeypatch):
+    """A function that says who multiplies more than a few rows: "own", "onednn" or "torch"."""
+
+    def forget() -> None:
+        product.asked.cache_clear()
+        product.route.cache_clear()
+
+    def choose(name):
+        monkeypatch.setenv("LLMOS_FAST_PRODUCT", name)
+        forget()
+
+    yield choose
+    forget()

@@ -7,20 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmos_fast import ops, reference
+from llmos_fast import _C, ops, reference
 from llmos_fast.native import product
 from llmos_fast.testing import assert_close_to_truth, assert_within_budget, random
 
 
 @pytest.fixture(params=product.ROUTES)
-def route(request, monkeypatch):
+def route(request, products_by):
     """Everyone who can multiply, whatever this CPU prefers."""
     if request.param == "onednn" and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setenv("LLMOS_FAST_PRODUCT", request.param)
-    product.route.cache_clear()
-    yield request.param
-    product.route.cache_clear()
+    products_by(request.param)
+    return request.param
 
 
 def check(rows, features, out, bias, dtype):
@@ -133,12 +131,25 @@ def test_few_rows_depend_neither_on_threads_nor_on_one_another(cpu_set, out, dty
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("route", ["own"], indirect=True)
-def test_refuses_an_unknown_route(route, monkeypatch):
-    monkeypatch.setenv("LLMOS_FAST_PRODUCT", "fastest")
-    product.route.cache_clear()
+def test_refuses_an_unknown_route(products_by):
+    products_by("fastest")
     with pytest.raises(ValueError, match="LLMOS_FAST_PRODUCT must be one of own, onednn, torch"):
-        product.route(torch.float32)
+        ops.linear(random(40, 8), random(8, 8), impl="native")
+
+
+@pytest.mark.skipif("avx2" not in _C.cpu_sets(), reason="the own product needs AVX2 to be ahead")
+def test_large_products_of_an_amd_cpu_are_our_own(products_by, monkeypatch, dtype):
+    products_by("")
+    monkeypatch.setattr(product, "_is_amd", lambda: True)
+    for sizes, expected in (
+        ((16, 512, 512), {"few rows"}),
+        ((64, 768, 768), {"onednn", "torch"}),
+        ((512, 256, 64), {"onednn", "torch"}),
+        ((512, 256, 256), {"own"}),
+    ):
+        rows, columns, depth = sizes
+        x, weight = torch.empty(rows, depth, dtype=dtype), torch.empty(columns, depth, dtype=dtype)
+        assert product.way(x, weight) in expected
 
 
 def test_bad_input():

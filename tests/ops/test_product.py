@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmos_fast.native import product as products
 from llmos_fast.native.activation import activation_backward, activation_forward
 from llmos_fast.native.product import product
 from llmos_fast.native.product_activated import product_activated, product_gradients
@@ -18,12 +17,9 @@ every_set = pytest.mark.parametrize("cpu_set", SETS, indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def own(monkeypatch):
+def own(products_by):
     """More than a few rows go to the own kernel, whatever this CPU prefers."""
-    monkeypatch.setenv("LLMOS_FAST_PRODUCT", "own")
-    products.route.cache_clear()
-    yield
-    products.route.cache_clear()
+    products_by("own")
 
 
 def laid_out(values, layout):
