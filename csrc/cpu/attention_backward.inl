@@ -24,8 +24,11 @@ LLMOS_INLINE void differentiate(const Head<T>& head, const AttentionBackward& ca
         if (call.dropout.seed) dropout_factors(call.dropout, number, k, n, factors[r]);
       } else {  // the second row of a pair that is not there
         base[r] = delta[r] = 0.0f;
-        for (int64_t j = 0; j < n; j += kLanes)
+        for (int64_t j = 0; j < n; j += kLanes) {
           store(row + r * kScoreRow + j, splat(-__builtin_inff()));
+          store(d_row + r * kScoreRow + j, F{});
+          store(slopes[r] + j, F{});
+        }
       }
     }
     for (int64_t j = 0; j < n; j += kLanes) {
@@ -39,13 +42,11 @@ LLMOS_INLINE void differentiate(const Head<T>& head, const AttentionBackward& ca
           d_weight *= keep;
           weight[r] *= keep;
         }
-        // d_weight of a hidden key may be NaN
-        gradient[r] = select(seen > F{}, seen * (d_weight - delta[r]), F{});
+        gradient[r] = seen * (d_weight - delta[r]);
         if (call.d_bias && i + r < rows)
           store(call.d_bias + head.row(q + i + r) * call.d_bias_columns + k + j, gradient[r],
                 n - j);
-        if (call.softcap > 0)
-          gradient[r] = select(seen > F{}, gradient[r] * load(slopes[r] + j), F{});
+        if (call.softcap > 0) gradient[r] *= load(slopes[r] + j);
         if (per > 1) store_operands(reinterpret_cast<E*>(d_row + r * kScoreRow), j, gradient[r]);
       }
       store_rows(weights + i / per * kScoreRow + j, weight);

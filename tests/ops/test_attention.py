@@ -91,9 +91,41 @@ def test_each_feature(impl, shape, feature, dtype):
     check(shape, FEATURES[feature], dtype, impl)
 
 
-@pytest.mark.parametrize("feature", ["dropout", "softcap", "row_bias", "bottom_right"])
+@pytest.mark.parametrize(
+    "feature", ["dropout", "softcap", "row_bias", "causal", "bottom_right", "window"]
+)
 def test_every_instruction_set(cpu_set, feature, dtype):
     check((2, 4, 2, 50, 270, 40, 24), FEATURES[feature], dtype, "native")
+
+
+@pytest.mark.parametrize("seq", [1, 11, 12, 13, 97, 130, 263])
+@pytest.mark.parametrize("window", [(-1, -1), (40, 7)])
+def test_every_border_of_a_tile(cpu_set, window, seq, dtype):
+    """Strips of 12 queries, panels of 16 or 32 keys, blocks of 48, 96 and 256: each cut short."""
+    features = {"causal": window == (-1, -1), "window": window, "dropout_p": 0.2}
+    check((1, 2, 1, seq, seq, 16, 20), features, dtype, "native")
+
+
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, {"window": (40, 7)}, {"softcap": 2.0}], ids=str
+)
+@pytest.mark.parametrize("seq_q", [37, 133])
+def test_what_an_earlier_call_left_is_never_read(seq_q, options, dtype):
+    tensors, _ = make_call((2, 4, 2, seq_q, 131, 20, 24), {}, dtype)
+    options = {"return_lse": True, "impl": "native", **options}
+    before = outputs_and_gradients(ops.attention, tensors, options)
+    # its scratch memory is larger, and there are heads for every thread
+    nan = [torch.full((8, 8, 600, 64), torch.nan, dtype=dtype, requires_grad=True)] * 3
+    ops.attention(*nan, impl="native").sum().backward()
+    after = outputs_and_gradients(ops.attention, tensors, options)
+    for old, new in zip(before[0], after[0], strict=True):
+        assert torch.equal(old, new)
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_scale_without_a_sign_of_its_own(scale, dtype):
+    check((1, 2, 2, 30, 40, 16, 16), {"causal": True, "scale": scale}, dtype, "native")
 
 
 def shapes(longest_q, longest_k):
