@@ -13,6 +13,7 @@ from llmos_fast.nn.attention import MultiheadAttention
 from llmos_fast.nn.cache import LayerCache
 from llmos_fast.nn.ffn import Activation, activation_name, is_gated
 from llmos_fast.nn.masks import Given, Masks
+from llmos_fast.nn.quant_linear import QuantLinear
 
 
 def check_sizes(owner: str, d_model: int, nhead: int) -> None:
@@ -152,7 +153,7 @@ def _call(
     return module(query, key, key, **arguments)[0]  # type: ignore[no-any-return]
 
 
-_ROW_WISE = (*plain.LINEAR, *plain.NORM, *plain.DROPOUT, MultiheadAttention)
+_ROW_WISE = (*plain.LINEAR, QuantLinear, *plain.NORM, *plain.DROPOUT, MultiheadAttention)
 
 
 def is_transparent(stack: nn.Module, layer_type: type[nn.Module]) -> bool:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn as torch_nn
 from torch.utils.checkpoint import checkpoint
 
-from llmos_fast import nn, ops
+from llmos_fast import nn, ops, quantize_
+from llmos_fast.nn import quant_linear
 
 E, H, FF = 16, 4, 40
 LAYER = (nn.TransformerEncoderLayer, torch_nn.TransformerEncoderLayer)
@@ -170,6 +171,21 @@ def test_padded_rows_are_skipped(copies, monkeypatch):
     monkeypatch.setattr(ops, "ffn", lambda x, *a, **k: seen.append(x.shape) or ffn(x, *a, **k))
     mine(torch.randn(3, 9, E), src_key_padding_mask=padding([9, 1, 4], 9))
     assert seen == [(14, E), (14, E)]
+
+
+def test_padded_rows_are_skipped_by_quantized_layers(copies, monkeypatch):
+    mine, _ = stack(copies, batch_first=True)
+    quantize_(mine.eval(), "int8")
+    x, hidden = torch.randn(3, 9, E), padding([9, 1, 4], 9)
+    mine.use_nested_tensor = False
+    want = mine(x, src_key_padding_mask=hidden).masked_fill(hidden[..., None], 0.0)
+    mine.use_nested_tensor = True
+    rows, multiply = set(), quant_linear.quant_matmul
+    monkeypatch.setattr(
+        quant_linear, "quant_matmul", lambda x, *a, **k: rows.add(x.numel()) or multiply(x, *a, **k)
+    )
+    torch.testing.assert_close(mine(x, src_key_padding_mask=hidden), want)
+    assert rows == {14 * E, 14 * FF}
 
 
 @pytest.mark.parametrize(
