@@ -1,6 +1,6 @@
 """Cost of a token in training against the sequences' length, the batch and the threads, as a PNG.
 
-pytest benchmarks/ --benchmark-only -k "training_scaling or threads" --benchmark-json=out.json
+pytest benchmarks/ --benchmark-only -k "scaling or threads" --benchmark-json=out.json
 python -m benchmarks.plot_scaling out.json scaling.png
 """
 

@@ -197,12 +197,11 @@ def ort_session(model: bytes) -> Any:
     """A session with torch's number of threads, which stop spinning when a run ends."""
     import onnxruntime as ort
 
-    threads = torch.get_num_threads()
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads = torch.get_num_threads()
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if threads > 1:  # CPUs of all but the calling thread, counted from 1
-        cpus = ";".join(str(i + 1) for i in range(1, threads))
+    cpus = ";".join(str(i + 1) for i in range(1, threads))  # from 1, but the calling thread's
+    if cpus:
         options.add_session_config_entry("session.intra_op_thread_affinities", cpus)
     with unbound():
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
