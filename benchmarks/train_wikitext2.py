@@ -5,6 +5,7 @@
 The setting is that of pytorch/examples: all 33,278 words, width 200, 2 heads, 2 layers, dropout
 0.2, 35 tokens by 20 rows, clipping at 0.25. Both have the same initial weights, read the same
 windows and take turns step by step in one process, so that a noisy machine is noisy for both.
+On two vCPUs of a Zen 4 a step of both takes 0.72 s, the epoch of 2983 steps some 40 minutes.
 """
 
 from __future__ import annotations
