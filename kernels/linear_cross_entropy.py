@@ -43,7 +43,7 @@ def forward(
 ) -> Tensor:
     """See llmos_fast.ops.linear_cross_entropy."""
     loss, _, _ = _linear_cross_entropy(
-        flat(hidden), weight, target.reshape(-1), bias,
+        flat(hidden), weight.to(hidden.dtype), target.reshape(-1), bias,
         ignore_index, label_smoothing, z_loss, softcap, reduction,
     )  # fmt: skip
     return loss.view(target.shape) if reduction == "none" else loss  # type: ignore[no-any-return]

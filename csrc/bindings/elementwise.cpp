@@ -119,11 +119,12 @@ void bind_elementwise(py::module_& module) {
   module.def(
       "product",
       [](Address a, Address b, Address bias, Address out, int64_t rows, int64_t columns,
-         int64_t depth, int64_t a_row, int64_t a_depth, int64_t b_depth, int64_t b_column,
-         int type) {
-        run<Product>(kernels().product, {pointer<void>(a), pointer<void>(b), pointer<void>(bias),
-                                         pointer<void>(out), rows, columns, depth, a_row, a_depth,
-                                         b_depth, b_column, DType(type), Finish::none});
+         int64_t depth, int64_t a_row, int64_t a_depth, int64_t b_depth, int64_t b_column, int type,
+         int out_type, bool add) {
+        run<Product>(kernels().product,
+                     {pointer<void>(a), pointer<void>(b), pointer<void>(bias), pointer<void>(out),
+                      rows, columns, depth, a_row, a_depth, b_depth, b_column, DType(type),
+                      DType(out_type), add, Finish::none});
       },
       ReleaseGil());
   module.def(
@@ -144,6 +145,8 @@ void bind_elementwise(py::module_& module) {
                                          b_depth,
                                          b_column,
                                          DType(type),
+                                         DType(type),
+                                         false,
                                          Finish(finish),
                                          Activation(activation),
                                          pointer<void>(gate),

@@ -205,12 +205,14 @@ enum class Finish : int {
 };
 
 // s = a b + bias: a [rows, depth] and b [depth, columns] with strides. All others are of their type
-// and contiguous, [rows, columns]; bias, up with d_up, and kept, which takes s, may be null.
+// and contiguous, [rows, columns]; bias, up with d_up, and kept, which takes s, may be null. An out
+// of its own type, for Finish::none, is fp32, and keeps what it held where s is added.
 struct Product {
   const void *a, *b, *bias;
   void* out;
   int64_t rows, columns, depth, a_row, a_depth, b_depth, b_column;
-  DType type;
+  DType type, out_type;
+  bool add;
   Finish finish;
   Activation activation;
   const void *gate, *up;

@@ -79,20 +79,21 @@ static bool pack_rows(const Matrix<T>& x, E* out) {
 }
 
 // Where the sums of a tile go: to `sums`, on top of what other parts of k gave, or, as the last
-// part's and with the bias, to `out`.
-template <typename T>
+// part's and with the bias, to `out`, there where `add` on top of what it holds.
+template <typename T, typename O>
 struct Destination {
   float* sums;
   int64_t sums_row;
   bool accumulate;
-  T* out;  // null: to sums
+  O* out;  // null: to sums
   int64_t out_row;
+  bool add;
   const T* bias;
 };
 
-template <bool by_tile, int tile_rows, int vectors, typename T, typename E>
+template <bool by_tile, int tile_rows, int vectors, typename T, typename O, typename E>
 LLMOS_INLINE void product_tile(int64_t rows, int64_t columns, int64_t depth, const E* a, const E* b,
-                               const Destination<T>& to, int64_t row, int64_t column) {
+                               const Destination<T, O>& to, int64_t row, int64_t column) {
   float* c = to.sums + row * to.sums_row + column;
   R sums[tile_rows][vectors * kRegisters];
   load_tile(c, to.sums_row, to.accumulate, sums);
@@ -104,16 +105,19 @@ LLMOS_INLINE void product_tile(int64_t rows, int64_t columns, int64_t depth, con
     const F bias = to.bias ? load(to.bias + column + v * kLanes, n) : F{};
 #pragma GCC unroll 16
     for (int m = 0; m < tile_rows; ++m) {
+      if (m >= rows) break;
+      O* out = to.out + (row + m) * to.out_row + column + v * kLanes;
       F value;
       __builtin_memcpy(&value, &sums[m][v * kRegisters], sizeof value);
-      if (m < rows) store(to.out + (row + m) * to.out_row + column + v * kLanes, value + bias, n);
+      if (to.add) value += load(out, n);
+      store(out, value + bias, n);
     }
   }
 }
 
-template <bool by_tile, int vectors, typename T, typename E>
+template <bool by_tile, int vectors, typename T, typename O, typename E>
 static void product_panel(int64_t rows, int64_t columns, int64_t depth, const E* a, const E* b,
-                          const Destination<T>& to, int64_t column) {
+                          const Destination<T, O>& to, int64_t column) {
   for (int64_t m = 0; m < rows; m += kTileRows) {
     const E* tile = a + (by_tile ? m / kTileRows * kPackedTile : m * kPackedRow);
     const int64_t left = rows - m;
@@ -126,9 +130,9 @@ static void product_panel(int64_t rows, int64_t columns, int64_t depth, const E*
   }
 }
 
-template <bool by_tile, typename T, typename E>
+template <bool by_tile, typename T, typename O, typename E>
 static void product_panels(int64_t rows, int64_t columns, int64_t depth, const E* a, const E* b,
-                           const Destination<T>& to) {
+                           const Destination<T, O>& to) {
   for (int64_t n = 0; n < columns; n += kPanel)
     if (columns - n > kLanes)
       product_panel<by_tile, kTileVectors>(rows, columns - n, depth, a, b + n * depth, to, n);
@@ -182,7 +186,7 @@ static void pack_group(const Matrix<T>& b, const PackedPanels<E>& packed, int64_
 
 // Multiplies a block of rows by the panels [begin, end), and finishes it after the last part of k.
 // Sums that wait for more parts lie in `shared`, [rows, step].
-template <typename T, typename E>
+template <typename T, typename O, typename E>
 static void multiply_block(const Product& call, const Matrix<T>& a, const PackedPanels<E>& packed,
                            int64_t block, int64_t begin, int64_t end, float* shared) {
   const ProductPlan& plan = packed.plan;
@@ -193,7 +197,7 @@ static void multiply_block(const Product& call, const Matrix<T>& a, const Packed
   constexpr int64_t packed_floats = kBlockRows * (kPackedRow + kLanes);
   float* scratch = thread_scratch().floats(packed_floats + (shared ? 0 : kBlockRows * plan.step));
   E* packed_a = reinterpret_cast<E*>(scratch);
-  Destination<T> to = {};
+  Destination<T, O> to = {};
   to.sums = shared ? shared + row * plan.step + column : scratch + packed_floats;
   to.sums_row = plan.step;
   for (int64_t part = packed.first; part < packed.last; ++part) {
@@ -201,7 +205,8 @@ static void multiply_block(const Product& call, const Matrix<T>& a, const Packed
     to.accumulate = part > 0;
     if (part + 1 == plan.parts && call.finish == Finish::none) {
       to.out_row = call.columns;
-      to.out = row_of<T>(call.out, row, to.out_row) + packed.column + column;
+      to.add = call.add;
+      to.out = row_of<O>(call.out, row, to.out_row) + packed.column + column;
       to.bias = call.bias ? static_cast<const T*>(call.bias) + packed.column + column : nullptr;
     }
     if (pack_rows(a.part(row, plan.k(part), rows, length), packed_a))
@@ -213,7 +218,7 @@ static void multiply_block(const Product& call, const Matrix<T>& a, const Packed
     finish_block<T>(call, {row, rows, packed.column + column, columns}, to.sums, plan.step);
 }
 
-template <typename T>
+template <typename T, typename O>
 static void product_of(const Product& call) {
   if (call.rows == 0 || call.columns == 0) return;
   using E = typename OperandOf<T>::Type;
@@ -245,12 +250,13 @@ static void product_of(const Product& call) {
                      between(0, unit % groups * group + group, count));
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < plan.blocks * cuts; ++unit)
-          multiply_block(call, a, packed, unit / cuts, count * (unit % cuts) / cuts,
-                         count * (unit % cuts + 1) / cuts, shared);
+          multiply_block<T, O>(call, a, packed, unit / cuts, count * (unit % cuts) / cuts,
+                               count * (unit % cuts + 1) / cuts, shared);
       }
     }
 }
 
 static void product(const Product& call) {
-  call.type == DType::bf16 ? product_of<bf16>(call) : product_of<float>(call);
+  if (call.type == DType::f32) return product_of<float, float>(call);
+  call.out_type == DType::f32 ? product_of<bf16, float>(call) : product_of<bf16, bf16>(call);
 }

@@ -92,12 +92,24 @@ def _product_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _linear_rows(x, weight, bias)
     if best == "own":
         out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-        _C.product(*own_arguments(x, weight, bias, out))
+        _C.product(*own_arguments(x, weight, bias, out), dtype_code(out.dtype), False)
         return out
     if best == "torch" or x.numel() == 0 or weight.numel() == 0:
         return F.linear(x, weight, bias)
     linear: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return linear
+
+
+def product_into(out: Tensor, x: Tensor, weight: Tensor, *, add: bool) -> None:
+    """``out``, contiguous and fp32, becomes x weight^T, or where ``add`` that more than it was."""
+    if way(x, weight) == "own":
+        _C.product(*own_arguments(x, weight, None, out), dtype_code(out.dtype), add)
+    elif x.dtype == torch.float32:
+        torch.addmm(out, x, weight.t(), beta=int(add), out=out)  # beta 0 does not read
+    elif add:
+        out += product(x, weight, None)
+    else:
+        out.copy_(product(x, weight, None))
 
 
 def own_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[int, ...]:

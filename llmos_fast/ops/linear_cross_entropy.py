@@ -37,7 +37,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: Float[... features].
-        weight: Float[classes features].
+        weight: Float[classes features]; float32 also under 16-bit ``hidden``, then it counts as
+            rounded to its dtype, and gets its gradient in float32.
         target: Int64[...], the shape of ``hidden`` without its last dimension; classes in
             [0, classes), or ``ignore_index``.
         bias: Float[classes], or None.
@@ -57,9 +58,13 @@ def linear_cross_entropy(
     Raises:
         ValueError: naming op, argument, rule and value.
     """
-    hidden, weight, bias = check.autocast(hidden, weight, bias)  # type: ignore[assignment]
+    hidden, bias = check.autocast(hidden, bias)  # type: ignore[assignment]
+    if weight.dtype != torch.float32:
+        (weight,) = check.autocast(weight)  # type: ignore[assignment]
     check.floating(_OP, hidden=hidden, weight=weight, bias=bias)
-    check.same_dtype(_OP, hidden=hidden, weight=weight, bias=bias)
+    check.same_dtype(_OP, hidden=hidden, bias=bias)
+    if weight.dtype != torch.float32 or hidden.dtype not in (torch.bfloat16, torch.float16):
+        check.same_dtype(_OP, hidden=hidden, weight=weight)
     check_weight(_OP, "weight", weight, hidden)
     check.shape(_OP, "bias", bias, weight.shape[:1], "classes")
     check.shape(_OP, "target", target, hidden.shape[:-1], "hidden without its last dimension")

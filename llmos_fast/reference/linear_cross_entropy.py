@@ -24,6 +24,7 @@ def forward(
     reduction: str,
 ) -> Tensor:
     """See llmos_fast.ops.linear_cross_entropy."""
+    weight = weight.to(hidden.dtype)
     logits = F.linear(upcast(hidden), upcast(weight), None if bias is None else upcast(bias))
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
