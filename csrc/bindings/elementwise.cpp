@@ -1,6 +1,7 @@
 #include "bindings/bindings.h"
 #include "bindings/recording.h"
 #include "cpu/embedding.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 
 namespace llmos {
@@ -120,11 +121,11 @@ void bind_elementwise(py::module_& module) {
       "product",
       [](Address a, Address b, Address bias, Address out, int64_t rows, int64_t columns,
          int64_t depth, int64_t a_row, int64_t a_depth, int64_t b_depth, int64_t b_column, int type,
-         int out_type, bool add) {
+         int out_type, bool add, Address row_sums) {
         run<Product>(kernels().product,
                      {pointer<void>(a), pointer<void>(b), pointer<void>(bias), pointer<void>(out),
-                      rows, columns, depth, a_row, a_depth, b_depth, b_column, DType(type),
-                      DType(out_type), add, Finish::none});
+                      pointer<float>(row_sums), rows, columns, depth, a_row, a_depth, b_depth,
+                      b_column, DType(type), DType(out_type), add, Finish::none});
       },
       ReleaseGil());
   module.def(
@@ -137,6 +138,7 @@ void bind_elementwise(py::module_& module) {
                                          pointer<void>(b),
                                          pointer<void>(bias),
                                          pointer<void>(out),
+                                         nullptr,
                                          rows,
                                          columns,
                                          depth,
@@ -157,6 +159,9 @@ void bind_elementwise(py::module_& module) {
                                          dropout_from(seed, threshold, scale)});
       },
       ReleaseGil());
+  module.def("prefer_huge_pages", [](Address memory, int64_t bytes) {
+    prefer_huge_pages(pointer<void>(memory), bytes);
+  });
   module.def(
       "embedding",
       [](Address ids, bool wide_ids, Address table, Address out, int64_t count, int64_t rows,

@@ -206,10 +206,12 @@ enum class Finish : int {
 
 // s = a b + bias: a [rows, depth] and b [depth, columns] with strides. All others are of their type
 // and contiguous, [rows, columns]; bias, up with d_up, and kept, which takes s, may be null. An out
-// of its own type, for Finish::none, is fp32, and keeps what it held where s is added.
+// of its own type, for Finish::none, is fp32, and keeps what it held where s is added, as do
+// row_sums, the sums of a over depth; they need a whose columns are contiguous, or are null.
 struct Product {
   const void *a, *b, *bias;
   void* out;
+  float* row_sums;
   int64_t rows, columns, depth, a_row, a_depth, b_depth, b_column;
   DType type, out_type;
   bool add;

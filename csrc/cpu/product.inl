@@ -78,6 +78,33 @@ static bool pack_rows(const Matrix<T>& x, E* out) {
   return true;
 }
 
+// The sum over k of 16 operands each, `step` apart.
+template <typename E>
+LLMOS_INLINE F sum_operands(const E* x, int64_t depth, int64_t step) {
+  F sums = {};
+  for (int64_t k = 0; k < depth; ++k, x += step) {
+    const F operands = load(reinterpret_cast<const float*>(x));
+    if constexpr (elements_in<E> == 1)
+      sums += operands;
+    else
+      sums += as_float(as_bits(operands) << 16) + as_float(as_bits(operands) & 0xffff0000u);
+  }
+  return sums;
+}
+
+// sums [rows] = (or +=) the sums over k of rows that are packed tile by tile.
+template <typename E>
+static void sum_packed_rows(const E* a, int64_t rows, int64_t depth, bool add, float* sums) {
+  for (int64_t m = 0; m < rows; m += kTileRows, a += kPackedTile) {
+    const int64_t n = rows - m < kTileRows ? rows - m : kTileRows;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const F total = sum_operands(a + i, depth, kTileRows);
+      const int64_t count = n - i;
+      store(sums + m + i, add ? total + load(sums + m + i, count) : total, count);
+    }
+  }
+}
+
 // Where the sums of a tile go: to `sums`, on top of what other parts of k gave, or, as the last
 // part's and with the bias, to `out`, there where `add` on top of what it holds.
 template <typename T, typename O>
@@ -214,10 +241,13 @@ static void multiply_block(const Product& call, const Matrix<T>& a, const Packed
       to.out = row_of<O>(call.out, row, to.out_row) + packed.column + column;
       to.bias = call.bias ? static_cast<const T*>(call.bias) + packed.column + column : nullptr;
     }
-    if (pack_rows(a.part(row, plan.k(part), rows, length), packed_a))
+    if (pack_rows(a.part(row, plan.k(part), rows, length), packed_a)) {
       product_panels<true>(rows, columns, depth, packed_a, packed.panel(part, begin), to);
-    else
+      if (call.row_sums && packed.column + column == 0)
+        sum_packed_rows(packed_a, rows, depth, call.add || part > 0, call.row_sums + row);
+    } else {
       product_panels<false>(rows, columns, depth, packed_a, packed.panel(part, begin), to);
+    }
   }
   if (packed.last == plan.parts && call.finish != Finish::none)
     finish_block<T>(call, {row, rows, packed.column + column, columns}, to.sums, plan.step);

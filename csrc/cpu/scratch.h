@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "cpu/huge_pages.h"
+
 namespace llmos {
 
 class Scratch {
@@ -21,6 +23,7 @@ class Scratch {
         capacity_ = 0;
         throw std::bad_alloc();
       }
+      prefer_huge_pages(memory_, capacity_ * sizeof(float));
     }
     return memory_;
   }

@@ -19,6 +19,7 @@ __all__ = [
     "address",
     "dropout_arguments",
     "dtype_code",
+    "large_empty",
     "refusal",
     "rows_contiguous",
 ]
@@ -29,6 +30,8 @@ CACHE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_
 # WeightFormat of csrc/quant_formats.h
 FORMAT_CODES = {scheme: FORMATS.index(format_of(scheme)) for scheme in SCHEMES}
 NO_STRIDES = (0, 0, 0, 0)
+# glibc keeps no larger piece for the next call
+_ALWAYS_FRESH = 2**25
 
 
 def dtype_code(dtype: torch.dtype) -> int:
@@ -39,6 +42,14 @@ def dtype_code(dtype: torch.dtype) -> int:
 def address(tensor: Tensor | None) -> int:
     """Where the data begin; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def large_empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """torch.empty, on huge pages where malloc takes fresh memory each time: a fault per page."""
+    memory = torch.empty(shape, dtype=dtype)
+    if memory.nbytes >= _ALWAYS_FRESH:
+        _C.prefer_huge_pages(memory.data_ptr(), memory.nbytes)
+    return memory
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

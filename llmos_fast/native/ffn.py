@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmos_fast.library import differentiable, register, second_order
 from llmos_fast.native.common import refusal
-from llmos_fast.native.product import product
+from llmos_fast.native.product import product, weight_gradients
 from llmos_fast.native.product_activated import product_activated, product_gradients
 from llmos_fast.reference import ffn as definition
 
@@ -90,10 +90,8 @@ def _backward(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None,
     d_gate, hidden = _ffn_hidden_backward(d_out, w2, gate, ctx.activation, ctx.p, seed)
     return (
         product(d_gate, w1.t(), None) if need_x else None,
-        product(d_gate.t(), x.t(), None) if need_w1 else None,
-        d_gate.sum(0) if need_b1 else None,
-        product(d_out.t(), hidden.t(), None) if need_w2 else None,
-        d_out.sum(0) if need_b2 else None,
+        *weight_gradients(d_gate, x, need_w1, need_b1),
+        *weight_gradients(d_out, hidden, need_w2, need_b2),
         None,
         None,
         None,

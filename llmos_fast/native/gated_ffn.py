@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmos_fast.library import differentiable, register, second_order
 from llmos_fast.native.common import refusal
-from llmos_fast.native.product import product
+from llmos_fast.native.product import product, weight_gradients
 from llmos_fast.native.product_activated import product_activated, product_gradients
 from llmos_fast.reference import gated_ffn as definition
 
@@ -102,19 +102,11 @@ def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None
     need = dict(zip(_NAMES, ctx.needs_input_grad, strict=False))
     d_gate, d_up, hidden = _hidden_backward(d_out, w_down, gate, up, ctx.activation, ctx.p, seed)
     d_x = product(d_gate, w_gate.t(), None) + product(d_up, w_up.t(), None) if need["x"] else None
-    return (
-        d_x,
-        product(d_gate.t(), x.t(), None) if need["w_gate"] else None,
-        product(d_up.t(), x.t(), None) if need["w_up"] else None,
-        product(d_out.t(), hidden.t(), None) if need["w_down"] else None,
-        d_gate.sum(0) if need["b_gate"] else None,
-        d_up.sum(0) if need["b_up"] else None,
-        d_out.sum(0) if need["b_down"] else None,
-        None,
-        None,
-        None,
-        None,
-    )
+    d_w_gate, d_b_gate = weight_gradients(d_gate, x, need["w_gate"], need["b_gate"])
+    d_w_up, d_b_up = weight_gradients(d_up, x, need["w_up"], need["b_up"])
+    d_w_down, d_b_down = weight_gradients(d_out, hidden, need["w_down"], need["b_down"])
+    d_tensors = (d_x, d_w_gate, d_w_up, d_w_down, d_b_gate, d_b_up, d_b_down)
+    return (*d_tensors, None, None, None, None)
 
 
 def _hidden_backward_fake(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmos_fast.library import differentiable, is_plain, register, second_order
-from llmos_fast.native.common import _C, dtype_code, refusal
+from llmos_fast.native.common import _C, dtype_code, large_empty, refusal
 from llmos_fast.native.product import product, product_into
 from llmos_fast.reference import linear_cross_entropy as definition
 
@@ -77,8 +77,8 @@ def _in_blocks(
     losses = torch.empty(rows)
     gradients = row_scale is not None
     d_hidden = torch.empty_like(hidden) if gradients else torch.empty(0, dtype=hidden.dtype)
-    d_weight = torch.empty(classes, features) if gradients else torch.empty(0)
-    d_bias = torch.zeros(classes) if gradients and bias is not None else torch.empty(0)
+    d_weight = large_empty(classes, features) if gradients else torch.empty(0)
+    d_bias = torch.empty(classes if gradients and bias is not None else 0)
     blocks = -(-rows // max(_BLOCK // classes, 1))
     block = -(-rows // max(blocks, 1))  # as large as one another
     for begin in range(0, rows, max(block, 1)):
@@ -100,12 +100,12 @@ def _in_blocks(
         )
         if gradients:
             d_hidden[part] = product(logits, weight.t(), None)
-            product_into(d_weight, logits.t(), hidden[part].t(), add=begin > 0)
-            if bias is not None:
-                d_bias += logits.sum(0, dtype=torch.float32)
+            sums = None if bias is None else d_bias
+            product_into(d_weight, logits.t(), hidden[part].t(), sums, add=begin > 0)
         del logits  # before the next block's are allocated
-    if gradients and rows == 0:
+    if rows == 0:
         d_weight.zero_()
+        d_bias.zero_()
     return losses, d_hidden, d_weight, d_bias
 
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmos_fast.library import differentiable
-from llmos_fast.native.common import _C, address, dtype_code
+from llmos_fast.library import differentiable, register
+from llmos_fast.native.common import _C, address, dtype_code, large_empty
 
 ROUTES = ("own", "onednn", "torch")
 
@@ -91,8 +91,8 @@ def _product_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if best == "few rows":
         return _linear_rows(x, weight, bias)
     if best == "own":
-        out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-        _C.product(*own_arguments(x, weight, bias, out), dtype_code(out.dtype), False)
+        out = large_empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+        _C.product(*own_arguments(x, weight, bias, out), dtype_code(out.dtype), False, 0)
         return out
     if best == "torch" or x.numel() == 0 or weight.numel() == 0:
         return F.linear(x, weight, bias)
@@ -100,16 +100,28 @@ def _product_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear
 
 
-def product_into(out: Tensor, x: Tensor, weight: Tensor, *, add: bool) -> None:
-    """``out``, contiguous and fp32, becomes x weight^T, or where ``add`` that more than it was."""
-    if way(x, weight) == "own":
-        _C.product(*own_arguments(x, weight, None, out), dtype_code(out.dtype), add)
-    elif x.dtype == torch.float32:
-        torch.addmm(out, x, weight.t(), beta=int(add), out=out)  # beta 0 does not read
-    elif add:
-        out += product(x, weight, None)
+def product_into(
+    out: Tensor, x: Tensor, weight: Tensor, row_sums: Tensor | None, *, add: bool
+) -> None:
+    """``out`` becomes x weight^T, or where ``add`` that more than it was.
+
+    ``row_sums``, where given, becomes the sums of the rows of x likewise. Both are contiguous, and
+    of dtype fp32, or ``out`` of x's where nothing is added.
+    """
+    own = way(x, weight) == "own"
+    # the kernel sums the columns that it packs; for an empty result that is none
+    sums_too = own and x.stride(0) == 1 != x.stride(1) and out.numel() > 0
+    if own:
+        sums = address(row_sums) if sums_too else 0
+        _C.product(*own_arguments(x, weight, None, out), dtype_code(out.dtype), add, sums)
+    elif x.dtype == out.dtype:
+        out.addmm_(x, weight.t(), beta=int(add))  # 0 does not read
     else:
-        out.copy_(product(x, weight, None))
+        found = product(x, weight, None)
+        out.add_(found) if add else out.copy_(found)
+    if row_sums is not None and not sums_too:
+        found = x.sum(1, dtype=torch.float32)
+        row_sums.add_(found) if add else row_sums.copy_(found)
 
 
 def own_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[int, ...]:
@@ -166,12 +178,41 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad
+    need_bias = need_bias and ctx.has_bias
     d_x = product(d_out, weight.t(), None) if need_x else None
-    d_weight = product(d_out.t(), x.t(), None) if need_weight else None
-    d_bias = d_out.sum(0) if need_bias and ctx.has_bias else None
-    return d_x, d_weight, d_bias
+    if torch.is_grad_enabled():
+        d_weight = product(d_out.t(), x.t(), None) if need_weight else None
+        return d_x, d_weight, d_out.sum(0) if need_bias else None
+    return d_x, *weight_gradients(d_out, x, need_weight, need_bias)
 
 
+def weight_gradients(
+    d_out: Tensor, x: Tensor, need_weight: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(d_out^T x, sum of the rows of d_out), or None for what is not needed."""
+    if not need_weight:
+        return None, d_out.sum(0) if need_bias else None
+    d_weight, d_bias = _weight_gradients(d_out, x, need_bias)
+    return d_weight, d_bias if need_bias else None
+
+
+def _weight_gradients_cpu(d_out: Tensor, x: Tensor, need_bias: bool) -> tuple[Tensor, Tensor]:
+    d_weight = torch.empty(d_out.shape[1], x.shape[1], dtype=x.dtype)
+    d_bias = torch.empty(d_out.shape[1]) if need_bias else None
+    product_into(d_weight, d_out.t(), x.t(), d_bias, add=False)
+    return d_weight, x.new_empty(0) if d_bias is None else d_bias.to(x.dtype)
+
+
+def _weight_gradients_fake(d_out: Tensor, x: Tensor, need_bias: bool) -> tuple[Tensor, Tensor]:
+    columns = d_out.shape[1]
+    return x.new_empty(columns, x.shape[1]), x.new_empty(columns if need_bias else 0)
+
+
+_weight_gradients = register(
+    "product_weight_gradients(Tensor d_out, Tensor x, bool need_bias) -> (Tensor, Tensor)",
+    _weight_gradients_cpu,
+    _weight_gradients_fake,
+)
 # x: [rows, in], weight: [out, in], bias: [out] -> [rows, out]; any strides
 product = differentiable(
     "product(Tensor x, Tensor weight, Tensor? bias) -> Tensor",

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmos_fast.native.activation import activation_backward, activation_forward
-from llmos_fast.native.product import product
+from llmos_fast.native.product import product, product_into
 from llmos_fast.native.product_activated import product_activated, product_gradients
 from llmos_fast.testing import assert_close_to_truth, random
 
@@ -134,3 +134,33 @@ def test_gradients(cpu_set, gated, dtype):
         else:
             torch.testing.assert_close(ours.float(), other.float(), rtol=2**-6, atol=1e-3)
     assert torch.equal(fused[2], apart[2])
+
+
+@every_set
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("layout", ["columns", "rows"])
+@pytest.mark.parametrize("sizes", [(50, 70, 45), (113, 40, 900)], ids=str)
+def test_into_fp32_with_row_sums(cpu_set, sizes, layout, add, dtype):
+    rows, columns, depth = sizes
+    x, weight = random(rows, depth, dtype=dtype), random(columns, depth, dtype=dtype)
+    before, before_sums = random(rows, columns), random(rows)
+    out, sums = (before, before_sums) if add else (before * torch.nan, before_sums * torch.nan)
+    out, sums = out.clone(), sums.clone()
+    product_into(out, laid_out(x, layout), weight, sums, add=add)
+    truth, truth_sums = x.double() @ weight.double().t(), x.double().sum(1)
+    if add:
+        truth, truth_sums = truth + before, truth_sums + before_sums
+    assert_close_to_truth(out, truth.float(), truth, reduction=depth)
+    assert_close_to_truth(sums, truth_sums.float(), truth_sums, reduction=depth)
+
+
+@every_set
+def test_row_sums_depend_on_no_thread(cpu_set, dtype, threads):
+    x, weight = random(900, 400, dtype=dtype).t(), random(1500, 900, dtype=dtype)
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        out, sums = torch.empty(400, 1500), torch.empty(400)
+        product_into(out, x, weight, sums, add=False)
+        found.append((out, sums))
+    assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(found[0], pair, strict=True))
