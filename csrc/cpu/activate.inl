@@ -19,12 +19,14 @@ LLMOS_INLINE F activate(F x, F* derivative) {
   } else if constexpr (activation == Activation::gelu_tanh) {
     // 0.5 (1 + tanh(y)) = sigmoid(2 y)
     constexpr float twice_root = 1.5957691216f, cubic = 0.044715f;  // 2 sqrt(2 / pi)
-    const F s = sigmoid(twice_root * (x + cubic * x * x * x));
-    *derivative = s + x * s * (1.0f - s) * twice_root * (1.0f + 3.0f * cubic * x * x);
+    F other;
+    const F s = sigmoid(twice_root * (x + cubic * x * x * x), &other);
+    *derivative = s + x * s * other * twice_root * (1.0f + 3.0f * cubic * x * x);
     return x * s;
   } else {
-    const F s = sigmoid(x);
-    *derivative = s + x * s * (1.0f - s);
+    F other;
+    const F s = sigmoid(x, &other);
+    *derivative = s + x * s * other;
     return x * s;
   }
 }

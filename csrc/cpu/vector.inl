@@ -204,7 +204,12 @@ LLMOS_INLINE F power_of_2(F x) {
 }
 #endif
 
-LLMOS_INLINE F sigmoid(F x) { return 1.0f / (1.0f + exponential(-x)); }
+// 1 / (1 + e^-x), and 1 minus that without cancellation.
+LLMOS_INLINE F sigmoid(F x, F* other) {
+  const F e = exponential(-x), s = 1.0f / (1.0f + e);
+  *other = select(x < splat(-80.0f), splat(1.0f), e * s);  // infinity times 0 is NaN
+  return s;
+}
 
 LLMOS_INLINE F tangent_hyperbolic(F x) {
   const F y = absolute(x), square = x * x;
