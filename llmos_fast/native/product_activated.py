@@ -34,8 +34,9 @@ def product_activated(
     nothing = x.new_empty(0)
     if way(x, weight) != "own":
         sums = product(x, weight, bias)
-        pair = (sums, None) if gate is None else (gate, sums)
-        return activation_forward(*pair, activation, p, seed), sums if keep else nothing
+        first, second = (sums, None) if gate is None else (gate, sums)
+        hidden = activation_forward(first, second, activation, p, seed)
+        return hidden, sums if keep else nothing
     bias = None if bias is None else bias.contiguous()
     hidden = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     kept = torch.empty_like(hidden) if keep else None
