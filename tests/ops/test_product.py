@@ -55,7 +55,8 @@ def test_borders_of_tiles_and_panels(cpu_set, bias, dtype):
 @pytest.mark.parametrize("sizes", [(100, 70, 385), (40, 40, 769), (18, 1100, 4300)], ids=str)
 def test_parts_of_the_depth(cpu_set, sizes, dtype):
     rows, columns, depth = sizes
-    check(random(rows, depth, dtype=dtype), random(columns, depth, dtype=dtype), None)
+    x, weight = random(rows, depth, dtype=dtype), random(columns, depth, dtype=dtype)
+    check(x, weight, random(columns, dtype=dtype))
 
 
 @every_set
@@ -103,8 +104,8 @@ def test_depends_neither_on_threads_nor_on_other_rows(cpu_set, sizes, dtype, thr
 @pytest.mark.parametrize("gated", [False, True])
 def test_activated(cpu_set, activation, gated, dtype):
     """Bit for bit what a product and then the activation give, dropout included."""
-    x, weight, bias = (random(*s, dtype=dtype) for s in ((41, 60), (150, 60), (150,)))
-    gate = random(41, 150, dtype=dtype) if gated else None
+    x, weight, bias = (random(*s, dtype=dtype) for s in ((41, 60), (600, 60), (600,)))
+    gate = random(41, 600, dtype=dtype) if gated else None
     bias, seed = bias.repeat_interleave(2)[::2], torch.tensor([5])
     for p, keep in ((0.0, False), (0.3, True)):
         call = (activation, p, seed if p else None)
@@ -119,9 +120,9 @@ def test_activated(cpu_set, activation, gated, dtype):
 @pytest.mark.parametrize("gated", [False, True])
 def test_gradients(cpu_set, gated, dtype):
     """Bit for bit likewise in fp32; in bf16 the gradient of hidden is not rounded on its way."""
-    d_out, weight = random(41, 60, dtype=dtype), random(60, 150, dtype=dtype)
-    gate = random(41, 150, dtype=dtype)
-    up = random(41, 150, dtype=dtype) if gated else None
+    d_out, weight = random(41, 60, dtype=dtype), random(60, 600, dtype=dtype)
+    gate = random(41, 600, dtype=dtype)
+    up = random(41, 600, dtype=dtype) if gated else None
     call = ("gelu", 0.3, torch.tensor([5]))
     fused = product_gradients(d_out, weight, gate, up, *call)
     d_hidden = product(d_out, weight.t(), None)
@@ -139,7 +140,7 @@ def test_gradients(cpu_set, gated, dtype):
 @every_set
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("layout", ["columns", "rows"])
-@pytest.mark.parametrize("sizes", [(50, 70, 45), (113, 40, 900)], ids=str)
+@pytest.mark.parametrize("sizes", [(50, 70, 45), (113, 40, 900), (30, 1100, 2000)], ids=str)
 def test_into_fp32_with_row_sums(cpu_set, sizes, layout, add, dtype):
     rows, columns, depth = sizes
     x, weight = random(rows, depth, dtype=dtype), random(columns, depth, dtype=dtype)
