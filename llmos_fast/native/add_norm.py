@@ -14,6 +14,7 @@ from llmos_fast.native.common import (
     address,
     dropout_arguments,
     dtype_code,
+    large_empty,
     refusal,
     rows_contiguous,
 )
@@ -49,7 +50,7 @@ def forward(
 
 
 def _total_like(x: Tensor, residual: Tensor | None) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
+    return large_empty(*x.shape, dtype=x.dtype if residual is None else residual.dtype)
 
 
 def _affine(parameter: Tensor | None) -> tuple[Tensor | None, int]:
@@ -75,7 +76,7 @@ def _forward_cpu(
     scale, scale_code = _affine(weight)
     offset, offset_code = _affine(bias)
     total = _total_like(x, residual)
-    norm = torch.empty_like(total)
+    norm = large_empty(*total.shape, dtype=total.dtype)
     columns = x.shape[-1]
     rows = x.numel() // max(columns, 1)
     x = rows_contiguous(x if x.dim() <= 4 else x.reshape(rows, columns))
@@ -207,8 +208,8 @@ def _backward_cpu(
     d_total = None if d_total is None else d_total.contiguous()
     scale = None if weight is None else weight.float().contiguous()
     x_dtype = torch.bfloat16 if x_is_bf16 else torch.float32
-    d_x = torch.empty(total.shape, dtype=x_dtype)
-    d_residual = torch.empty_like(total) if with_residual else torch.empty(0)
+    d_x = large_empty(*total.shape, dtype=x_dtype)
+    d_residual = large_empty(*total.shape, dtype=total.dtype) if with_residual else torch.empty(0)
     partials = min(_PARTIALS, max(rows, 1))
     sums = torch.empty(2, partials, columns)
     _C.add_norm_backward(
