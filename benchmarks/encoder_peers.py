@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quant_peers import openvino_compiled, ort_session, round_int8, unbound
+from .quant_peers import openvino_compiled, openvino_run, ort_session, round_int8
 
 Run = Callable[[], Tensor]
 Make = Callable[[nn.TransformerEncoder, Tensor, Tensor | None], Run]
@@ -178,17 +178,8 @@ def openvino(
     kept = compress_products(model) if int8 else []
     if int8:
         settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 32
-    request = openvino_compiled(model, precision, **settings).create_infer_request()
-    for i, tensor in enumerate(arguments):
-        request.set_input_tensor(i, ov.Tensor(tensor.numpy()))
-    with unbound():  # it counts the CPUs at the first call
-        request.infer()
-
-    def run(owner: list[np.ndarray] = kept) -> Tensor:
-        request.infer()
-        return torch.from_numpy(request.get_output_tensor(0).data)
-
-    return run
+    compiled = openvino_compiled(model, precision, **settings)
+    return openvino_run(compiled, *arguments, owned=kept)
 
 
 def compress_products(model: Any) -> list[np.ndarray]:

@@ -268,6 +268,23 @@ def openvino_compiled(model: Any, precision: str = "f32", **settings: Any) -> An
         return ov.Core().compile_model(model, "CPU", settings)
 
 
+def openvino_run(compiled: Any, *inputs: Tensor, owned: list[np.ndarray]) -> Run:
+    """Runs on these inputs, again and again; ``owned`` are the arrays that the model points to."""
+    import openvino as ov
+
+    request = compiled.create_infer_request()
+    for i, tensor in enumerate(inputs):
+        request.set_input_tensor(i, ov.Tensor(tensor.numpy()))
+    with unbound():  # it counts the CPUs at the first call
+        request.infer()
+
+    def run(owner: list[np.ndarray] = owned) -> Tensor:
+        request.infer()
+        return torch.from_numpy(request.get_output_tensor(0).data)
+
+    return run
+
+
 def openvino(weight: Tensor, group: int, copies: int, bits: int) -> Bind:
     """MatMul by a compressed constant, x rounded to int8 in groups of 32."""
     import openvino as ov
@@ -296,19 +313,7 @@ def openvino(weight: Tensor, group: int, copies: int, bits: int) -> Bind:
     products = [op.result(op.matmul(x_node, constant(i), False, True)) for i in range(copies)]
     compiled = openvino_compiled(ov.Model(products, [x_node]), DYNAMIC_QUANTIZATION_GROUP_SIZE=32)
 
-    def bind(x: Tensor) -> Run:
-        request = compiled.create_infer_request()
-        request.set_input_tensor(0, ov.Tensor(x.numpy()))
-        with unbound():  # it counts the CPUs at the first call
-            request.infer()
-
-        def run(owner: list[np.ndarray] = kept) -> Tensor:
-            request.infer()
-            return torch.from_numpy(request.get_output_tensor(0).data)
-
-        return run
-
-    return bind
+    return lambda x: openvino_run(compiled, x, owned=kept)
 
 
 def round_int4(weight: Tensor, group: int) -> tuple[np.ndarray, np.ndarray]:

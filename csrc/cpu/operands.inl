@@ -1,4 +1,4 @@
-// What the products of attention read: fp32, or pairs of bf16 where the CPU multiplies these; rows,
+// What products read: fp32, or pairs of bf16 where the CPU multiplies these; rows,
 // columns and results, laid out so that multiply streams them.
 
 // What the products read of a T, and how many elements of T that is.
@@ -50,25 +50,27 @@ LLMOS_INLINE void gather_rows(const bf16* x, int64_t row_stride, int64_t rows, i
   }
 }
 
-// The rows as the second factor of a product whose k they are: panels, b_panel apart.
-template <typename T>
-LLMOS_INLINE void gather_factor(const T* x, int64_t row_stride, int64_t rows, int64_t columns,
-                                float* out, int64_t b_panel) {
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < columns; i += kLanes)
-      store(out + i / kPanel * b_panel + row * kPanel + i % kPanel,
-            load(x + row * row_stride + i, columns - i));
+// 16 operands whose k is the first row of x (and the second): `rows` and `columns` of x exist, the
+// others are 0.
+template <typename E, typename T>
+LLMOS_INLINE auto load_factor(const T* x, int64_t row_stride, int64_t rows, int64_t columns) {
+  if constexpr (elements_in<E> == 1) {
+    return load(x, columns);
+  } else {
+    const F low = load(x, columns), high = rows > 1 ? load(x + row_stride, columns) : F{};
+    return U(as_bits(low) >> 16 | as_bits(high));
+  }
 }
 
-LLMOS_INLINE void gather_factor(const bf16* x, int64_t row_stride, int64_t rows, int64_t columns,
-                                Pair* out, int64_t b_panel) {
-  for (int64_t row = 0; row < rows; row += 2)
+// The rows as the second factor of a product whose k they are: panels, b_panel apart.
+template <typename E, typename T>
+LLMOS_INLINE void gather_factor(const T* x, int64_t row_stride, int64_t rows, int64_t columns,
+                                E* out, int64_t b_panel) {
+  for (int64_t row = 0; row < rows; row += elements_in<E>, out += kPanel)
     for (int64_t i = 0; i < columns; i += kLanes) {
-      const bf16* first = x + row * row_stride + i;
-      const F low = load(first, columns - i);
-      const F high = row + 1 < rows ? load(first + row_stride, columns - i) : F{};
-      const U pairs = as_bits(low) >> 16 | as_bits(high);
-      __builtin_memcpy(out + i / kPanel * b_panel + row / 2 * kPanel + i % kPanel, &pairs, 64);
+      const auto vector =
+          load_factor<E>(x + row * row_stride + i, row_stride, rows - row, columns - i);
+      __builtin_memcpy(out + i / kPanel * b_panel + i % kPanel, &vector, 64);
     }
 }
 

@@ -47,19 +47,6 @@ static void pack_panels(const Matrix<T>& x, E* out) {
     pack_panels(copied(x), out);
 }
 
-// 16 operands of row k (and k + 1) from column n on; beyond its columns and rows they are 0.
-template <typename E, typename T>
-LLMOS_INLINE auto load_factor(const Matrix<T>& x, int64_t k, int64_t n) {
-  const T* first = x.data + k * x.row_stride + n;
-  if constexpr (elements_in<E> == 1) {
-    return load(first, x.columns - n);
-  } else {
-    const F low = load(first, x.columns - n);
-    const F high = k + 1 < x.rows ? load(first + x.row_stride, x.columns - n) : F{};
-    return U(as_bits(low) >> 16 | as_bits(high));
-  }
-}
-
 // x: [rows, k]. Returns whether tile by tile, in each k after k, as the columns of x lie; else row
 // by row.
 template <typename E, typename T>
@@ -69,11 +56,12 @@ static bool pack_rows(const Matrix<T>& x, E* out) {
     return false;
   }
   if (x.row_stride != 1) return pack_rows(copied(x), out);
-  const Matrix<T> turned = {x.data, x.columns, x.rows, x.column_stride, 1};
-  for (int64_t k = 0; k < count_of(x.columns, elements_in<E>); ++k)
+  for (int64_t k = 0; k < x.columns; k += elements_in<E>, out += kTileRows)
     for (int64_t tile = 0; tile * kTileRows < x.rows; ++tile) {
-      const auto vector = load_factor<E>(turned, k * elements_in<E>, tile * kTileRows);
-      __builtin_memcpy(out + tile * kPackedTile + k * kTileRows, &vector, 64);
+      const int64_t row = tile * kTileRows;
+      const auto vector = load_factor<E>(x.data + k * x.column_stride + row, x.column_stride,
+                                         x.columns - k, x.rows - row);
+      __builtin_memcpy(out + tile * kPackedTile, &vector, 64);
     }
   return true;
 }

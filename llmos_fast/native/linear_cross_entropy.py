@@ -79,6 +79,7 @@ def _in_blocks(
     d_hidden = torch.empty_like(hidden) if gradients else torch.empty(0, dtype=hidden.dtype)
     d_weight = large_empty(classes, features) if gradients else torch.empty(0)
     d_bias = torch.empty(classes if gradients and bias is not None else 0)
+    bias_sums = None if bias is None else d_bias
     blocks = -(-rows // max(_BLOCK // classes, 1))
     block = -(-rows // max(blocks, 1))  # as large as one another
     for begin in range(0, rows, max(block, 1)):
@@ -100,8 +101,7 @@ def _in_blocks(
         )
         if gradients:
             d_hidden[part] = product(logits, weight.t(), None)
-            sums = None if bias is None else d_bias
-            product_into(d_weight, logits.t(), hidden[part].t(), sums, add=begin > 0)
+            product_into(d_weight, logits.t(), hidden[part].t(), bias_sums, add=begin > 0)
         del logits  # before the next block's are allocated
     if rows == 0:
         d_weight.zero_()

@@ -28,7 +28,6 @@ ROUTES = ("own", "onednn", "torch")
 # one limit for all instruction sets: a captured step and a call of it must give the same bits
 _FEW_ROWS = 16
 
-
 # Below these the libraries, which pack less, are faster: 128 x 128 x 128 takes F.linear 34-40 us,
 # the own kernel 54; 32 x 768 x 768 takes oneDNN 226-336 us, the own kernel 588-832.
 _LEAST_SIDE, _LEAST_WORK = 128, 2**23
@@ -51,9 +50,9 @@ def asked() -> str:
 def route(dtype: torch.dtype) -> str:
     """Who multiplies large matrices of ``dtype`` on this CPU: "own", "onednn" or "torch".
 
-    fp32: torch sends it to MKL, which leaves AMD's CPUs a tenth (Zen 4) to two thirds (Zen 5) of
-    their peak. bf16: without instructions for it torch needs 5 to 100 times as long; with tiles of
-    it (Intel's AMX) nothing is faster than torch's oneDNN.
+    fp32: torch sends it to MKL, which leaves a fifth (Zen 4) to two thirds (Zen 5) of the peak of
+    AMD's CPUs unused. bf16: without instructions for it torch needs 5 to 100 times as long; with
+    tiles of it (Intel's AMX) nothing is faster than torch's oneDNN.
     """
     if asked():
         # torch's way for bf16 is oneDNN

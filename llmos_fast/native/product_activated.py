@@ -6,11 +6,10 @@ kernel multiplies, else one after the other. Tensors are [rows, columns] in one 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from llmos_fast.native.activation import CODES, activation_backward, activation_forward
-from llmos_fast.native.common import _C, address, dropout_arguments
+from llmos_fast.native.common import _C, address, dropout_arguments, large_empty
 from llmos_fast.native.product import own_arguments, product, way
 
 # enum Finish of csrc/cpu/kernels.h
@@ -38,8 +37,9 @@ def product_activated(
         hidden = activation_forward(first, second, activation, p, seed)
         return hidden, sums if keep else nothing
     bias = None if bias is None else bias.contiguous()
-    hidden = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    kept = torch.empty_like(hidden) if keep else None
+    sizes = x.shape[0], weight.shape[0]
+    hidden = large_empty(*sizes, dtype=x.dtype)
+    kept = large_empty(*sizes, dtype=x.dtype) if keep else None
     _C.product_activated(
         *own_arguments(x, weight, bias, hidden),
         _ACTIVATE if gate is None else _GATE,
@@ -68,8 +68,8 @@ def product_gradients(
     if way(d_out, transposed) != "own":
         d_hidden = product(d_out, transposed, None)
         return activation_backward(gate, up, d_hidden, activation, p, seed)
-    d_gate, hidden = torch.empty_like(gate), torch.empty_like(gate)
-    d_up = None if up is None else torch.empty_like(up)
+    d_gate, hidden = (large_empty(*gate.shape, dtype=gate.dtype) for _ in range(2))
+    d_up = None if up is None else large_empty(*up.shape, dtype=up.dtype)
     _C.product_activated(
         *own_arguments(d_out, transposed, None, d_gate),
         _GRADIENTS,
