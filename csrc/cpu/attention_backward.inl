@@ -28,6 +28,7 @@ LLMOS_INLINE void differentiate(const Head<T>& head, const AttentionBackward& ca
           store(row + r * kScoreRow + j, splat(-__builtin_inff()));
           store(d_row + r * kScoreRow + j, F{});
           store(slopes[r] + j, F{});
+          store(factors[r] + j, F{});
         }
       }
     }

@@ -6,7 +6,7 @@ from llmos_fast import _C
 from llmos_fast.native import product
 
 
-@pytest.fixture(params=["avx512", "avx2", "generic"])
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "generic"])
 def cpu_set(request):
     """Force one instruction set of the CPU kernels."""
     if request.param not in _C.cpu_sets():

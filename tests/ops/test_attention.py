@@ -1,6 +1,9 @@
 """Attention against its definition, feature by feature and in pairs, and what must never happen."""
 
+import ctypes
 import itertools
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -107,20 +110,53 @@ def test_every_border_of_a_tile(cpu_set, window, seq, dtype):
 
 
 @pytest.mark.parametrize(
-    "options", [{"causal": True}, {"window": (40, 7)}, {"softcap": 2.0}], ids=str
+    "options",
+    [{"causal": True}, {"window": (40, 7)}, {"softcap": 2.0}, {"dropout_p": 0.2}],
+    ids=str,
 )
 @pytest.mark.parametrize("seq_q", [37, 133])
 def test_what_an_earlier_call_left_is_never_read(seq_q, options, dtype):
     tensors, _ = make_call((2, 4, 2, seq_q, 131, 20, 24), {}, dtype)
     options = {"return_lse": True, "impl": "native", **options}
+    torch.manual_seed(3)
     before = outputs_and_gradients(ops.attention, tensors, options)
     # its scratch memory is larger, and there are heads for every thread
     nan = [torch.full((8, 8, 600, 64), torch.nan, dtype=dtype, requires_grad=True)] * 3
-    ops.attention(*nan, impl="native").sum().backward()
+    ops.attention(*nan, softcap=2.0, impl="native").sum().backward()  # fills the stack as well
+    torch.manual_seed(3)
     after = outputs_and_gradients(ops.attention, tensors, options)
     for old, new in zip(before[0], after[0], strict=True):
         assert torch.equal(old, new)
     assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+
+
+@pytest.fixture(scope="module")
+def fill_stack(tmp_path_factory):
+    """A function that leaves NaN in a megabyte of the stack below its caller."""
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs gcc")
+    folder = tmp_path_factory.mktemp("stack")
+    source, library = folder / "fill.c", folder / "fill.so"
+    source.write_text(
+        "void fill(void) { volatile float x[1 << 18];"
+        ' for (int i = 0; i < 1 << 18; ++i) x[i] = __builtin_nanf(""); }'
+    )
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    return ctypes.CDLL(str(library)).fill
+
+
+@pytest.mark.parametrize("feature", ["dropout", "softcap", "causal", "window"])
+@pytest.mark.parametrize("seq_q", [1, 13, 38])
+def test_what_lies_on_the_stack_is_never_read(fill_stack, cpu_set, feature, seq_q, dtype):
+    tensors, options = make_call((1, 4, 2, seq_q, 40, 20, 24), FEATURES[feature], dtype)
+    fill_stack()
+    out, lse = ops.attention(**tensors, **options, impl="native")
+    loss = out.sum() + lse.sum()
+    fill_stack()
+    loss.backward()
+    assert out.isfinite().all()
+    assert all(tensors[name].grad.isfinite().all() for name in ("query", "key", "value"))
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
