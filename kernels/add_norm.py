@@ -236,7 +236,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     total = x if _total_is_x(residual, seed) else total
     ctx.dtypes = needed_dtypes(ctx, x, residual, weight, bias)
     ctx.save_for_backward(weight, bias, seed, total, mean, rstd)
-    ctx.set_materialize_grads(False)
 
 
 def _backward(
@@ -244,9 +243,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     weight, _, seed, total, mean, rstd = ctx.saved_tensors
     found: tuple[Tensor | None, ...]
-    if d_norm is None and d_total is None:
-        found = (None,) * 4
-    elif torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         found = _differentiable_backward(ctx, d_norm, d_total)
     elif d_norm is None:
         assert d_total is not None

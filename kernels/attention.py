@@ -99,16 +99,13 @@ def saved_arguments(ctx: Any) -> tuple[Arguments, list[Tensor]]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     save_arguments(ctx, inputs, *output)
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     a, (out, lse) = saved_arguments(ctx)
     needs = dict(zip(Arguments._fields, ctx.needs_input_grad, strict=True))
-    gradients: dict[str, Tensor | None] = {}
-    if d_out is None and d_lse is None:
-        pass
-    elif torch.is_grad_enabled():
+    gradients: dict[str, Tensor | None]
+    if torch.is_grad_enabled():
         tensors, rest = definition_call(a)
         rest |= {"return_lse": True}
         gradients = second_order(definition, tensors, rest, (d_out, d_lse))

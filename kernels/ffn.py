@@ -41,7 +41,7 @@ def forward(
 ) -> Tensor:
     """See llmos_fast.ops.ffn."""
     rows, added = flat(x), None if residual is None else flat(residual)
-    tensors = (rows, w1, b1, w2, b2, added)
+    tensors = (rows, w1.to(x.dtype), b1, w2.to(x.dtype), b2, added)
     store = needs_gradients(tensors) and not recompute
     out, _ = _ffn(*tensors, seed, activation, dropout_p, store)
     return out.view(*x.shape[:-1], w2.shape[0])  # type: ignore[no-any-return]
@@ -86,7 +86,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, w1, b1, w2, b2, _, seed, ctx.activation, ctx.p, ctx.store = inputs
     ctx.save_for_backward(x, w1, b1, w2, b2, seed, output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:

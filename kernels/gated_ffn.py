@@ -45,7 +45,8 @@ def forward(
 ) -> Tensor:
     """See llmos_fast.ops.gated_ffn."""
     rows, added = flat(x), None if residual is None else flat(residual)
-    tensors = (rows, w_gate, w_up, w_down, b_gate, b_up, b_down, added)
+    weights = (weight.to(x.dtype) for weight in (w_gate, w_up, w_down))
+    tensors = (rows, *weights, b_gate, b_up, b_down, added)
     store = needs_gradients(tensors) and not recompute
     out, _, _ = _gated_ffn(*tensors, seed, activation, dropout_p, store)
     return out.view(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
@@ -100,7 +101,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     *tensors, seed, ctx.activation, ctx.p, ctx.store = inputs
     ctx.save_for_backward(*tensors[:-1], seed, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -83,7 +83,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.loss = Loss(ignore_index, label_smoothing, z_loss, softcap)
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_loss: Tensor, _lse: Any, _count: Any) -> tuple[Tensor | None, ...]:

@@ -260,7 +260,6 @@ def _forward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, _, cos, sin, positions, ctx.interleaved, ctx.back = inputs
     ctx.save_for_backward(cos, sin, positions)
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_query: Tensor | None, d_key: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -77,21 +77,32 @@ def differentiable(
         kernel: as in ``register``.
         fake: as in ``register``.
         setup_context: ``(ctx, inputs, output)``, saves what the gradients need.
-        backward: ``(ctx, *output_gradients)``, returns one gradient per argument.
+        backward: ``(ctx, *output_gradients)``, returns one gradient per argument. The gradient of
+            an output that nobody used is None; they are never all None.
         devices: as in ``register``.
     """
     op = _define(schema, kernel, fake, devices)
     name = schema.split("(", 1)[0]
+
+    def set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # zeros as large as every output that has no gradient
+        setup_context(ctx, inputs, output)
+
+    def gradients(ctx: Any, *d_outputs: Tensor | None) -> Any:
+        if all(d_output is None for d_output in d_outputs):
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *d_outputs)
+
     torch.library.register_autograd(
-        f"llmos_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY
+        f"llmos_fast::{name}", gradients, setup_context=set_up, lib=LIBRARY
     )
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         output = kernel(*arguments)
-        setup_context(ctx, arguments, output)
+        set_up(ctx, arguments, output)
         return output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     eager: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Any:

@@ -121,19 +121,19 @@ void bind_elementwise(py::module_& module) {
       "product",
       [](Address a, Address b, Address bias, Address out, int64_t rows, int64_t columns,
          int64_t depth, int64_t a_row, int64_t a_depth, int64_t b_depth, int64_t b_column, int type,
-         int out_type, bool add, Address row_sums) {
+         int b_type, int out_type, bool add, Address row_sums) {
         run<Product>(kernels().product,
                      {pointer<void>(a), pointer<void>(b), pointer<void>(bias), pointer<void>(out),
                       pointer<float>(row_sums), rows, columns, depth, a_row, a_depth, b_depth,
-                      b_column, DType(type), DType(out_type), add, Finish::none});
+                      b_column, DType(type), DType(b_type), DType(out_type), add, Finish::none});
       },
       ReleaseGil());
   module.def(
       "product_activated",
       [](Address a, Address b, Address bias, Address out, int64_t rows, int64_t columns,
          int64_t depth, int64_t a_row, int64_t a_depth, int64_t b_depth, int64_t b_column, int type,
-         int finish, int activation, Address gate, Address up, Address kept, Address d_up,
-         Address hidden, Address seed, uint64_t threshold, float scale) {
+         int b_type, int finish, int activation, Address gate, Address up, Address kept,
+         Address d_up, Address hidden, Address seed, uint64_t threshold, float scale) {
         run<Product>(kernels().product, {pointer<void>(a),
                                          pointer<void>(b),
                                          pointer<void>(bias),
@@ -147,6 +147,7 @@ void bind_elementwise(py::module_& module) {
                                          b_depth,
                                          b_column,
                                          DType(type),
+                                         DType(b_type),
                                          DType(type),
                                          false,
                                          Finish(finish),

@@ -213,7 +213,7 @@ struct Product {
   void* out;
   float* row_sums;
   int64_t rows, columns, depth, a_row, a_depth, b_depth, b_column;
-  DType type, out_type;
+  DType type, b_type, out_type;
   bool add;
   Finish finish;
   Activation activation;

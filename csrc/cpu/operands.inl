@@ -19,16 +19,38 @@ constexpr int64_t elements_in<Pair> = 2;
 
 LLMOS_INLINE int64_t count_of(int64_t elements, int64_t per) { return (elements + per - 1) / per; }
 
+// 16 pairs from x on, of which `count` elements exist; the others are 0.
+LLMOS_INLINE U pairs_along(const bf16* x, int64_t count) {
+  U pairs = {};
+  __builtin_memcpy(&pairs, x, (count < 2 * kLanes ? count : 2 * kLanes) * sizeof(bf16));
+  return pairs;
+}
+
+// 16 pairs of what the rows `low` and `high` hold in a column.
+LLMOS_INLINE U pairs_across(F low, F high, const bf16*) {
+  return as_bits(low) >> 16 | as_bits(high);
+}
+
+#if defined(LLMOS_BF16_DOT)
+// fp32 is rounded on the way.
+LLMOS_INLINE U pairs_along(const float* x, int64_t count) {
+  const F first = load(x, count), second = count > kLanes ? load(x + kLanes, count - kLanes) : F{};
+  return (U)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+
+LLMOS_INLINE U pairs_across(F low, F high, const float*) {
+  return __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)low), U) |
+         __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)high), U) << 16;
+}
+#endif
+
 // 16 operands from x on, of which `count` elements exist; the others are 0.
 template <typename E, typename T>
 LLMOS_INLINE auto load_operands(const T* x, int64_t count) {
-  if constexpr (elements_in<E> == 1) {
+  if constexpr (elements_in<E> == 1)
     return load(x, count);
-  } else {
-    U pairs = {};
-    __builtin_memcpy(&pairs, x, (count < 2 * kLanes ? count : 2 * kLanes) * sizeof(T));
-    return pairs;
-  }
+  else
+    return pairs_along(x, count);
 }
 
 // `rows` rows of x, each `columns` long, times `scale`, padded with zeros to `width`.
@@ -58,7 +80,7 @@ LLMOS_INLINE auto load_factor(const T* x, int64_t row_stride, int64_t rows, int6
     return load(x, columns);
   } else {
     const F low = load(x, columns), high = rows > 1 ? load(x + row_stride, columns) : F{};
-    return U(as_bits(low) >> 16 | as_bits(high));
+    return pairs_across(low, high, x);
   }
 }
 
@@ -89,8 +111,7 @@ LLMOS_INLINE void store_rows(float* out, const F* x) { store(out, x[0]); }
 
 #if defined(LLMOS_BF16_DOT)
 LLMOS_INLINE void store_rows(Pair* out, const F* x) {
-  const U pairs = __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)x[0]), U) |
-                  __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)x[1]), U) << 16;
+  const U pairs = pairs_across(x[0], x[1], static_cast<const float*>(nullptr));
   __builtin_memcpy(out, &pairs, sizeof pairs);
 }
 #endif

@@ -241,13 +241,14 @@ static void multiply_block(const Product& call, const Matrix<T>& a, const Packed
     finish_block<T>(call, {row, rows, packed.column + column, columns}, to.sums, plan.step);
 }
 
-template <typename T, typename O>
+// T of a and the bias, S of b, O of out.
+template <typename T, typename S, typename O>
 static void product_of(const Product& call) {
   if (call.rows == 0 || call.columns == 0) return;
   using E = typename OperandOf<T>::Type;
   const Matrix<T> a = {static_cast<const T*>(call.a), call.rows, call.depth, call.a_row,
                        call.a_depth};
-  const Matrix<T> b = {static_cast<const T*>(call.b), call.depth, call.columns, call.b_depth,
+  const Matrix<S> b = {static_cast<const S*>(call.b), call.depth, call.columns, call.b_depth,
                        call.b_column};
   const ProductPlan plan(call, elements_in<E>);
   float* panels = thread_scratch<2>().floats(plan.parts_at_once * kPart * plan.step);
@@ -280,6 +281,8 @@ static void product_of(const Product& call) {
 }
 
 static void product(const Product& call) {
-  if (call.type == DType::f32) return product_of<float, float>(call);
-  call.out_type == DType::f32 ? product_of<bf16, float>(call) : product_of<bf16, bf16>(call);
+  if (call.type == DType::f32) return product_of<float, float, float>(call);
+  if (call.b_type == DType::f32) return product_of<bf16, float, bf16>(call);
+  call.out_type == DType::f32 ? product_of<bf16, bf16, float>(call)
+                              : product_of<bf16, bf16, bf16>(call);
 }

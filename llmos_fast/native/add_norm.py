@@ -131,15 +131,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, total, mean, rstd = output
     ctx.x_is_bf16 = x.dtype == torch.bfloat16
     ctx.save_for_backward(weight, bias, seed, total, mean, rstd)
-    ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx: Any, d_norm: Tensor | None, d_total: Tensor | None, _mean: None, _rstd: None
 ) -> tuple[Tensor | None, ...]:
     weight, bias, seed, total, mean, rstd = ctx.saved_tensors
-    if d_norm is None and d_total is None:
-        return (None,) * 8
     if torch.is_grad_enabled():
         gradients = _differentiable_backward(ctx, d_norm, d_total)
     else:

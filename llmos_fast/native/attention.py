@@ -269,14 +269,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     tensors, options = inputs[:10], inputs[10:]
     ctx.options = options[:5] + options[6:]
     ctx.save_for_backward(*tensors, options[5], *output)
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, seed, out, lse = ctx.saved_tensors
     causal, left, right, softcap, p, scale = ctx.options
-    if d_out is None and d_lse is None:
-        return (None,) * 17
     if torch.is_grad_enabled():
         gradients = _differentiable_backward(ctx, d_out, d_lse)
     else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmos_fast.library import differentiable, register, second_order
 from llmos_fast.native.common import refusal
-from llmos_fast.native.product import product, weight_gradients
+from llmos_fast.native.product import as_read, product, weight_gradients
 from llmos_fast.native.product_activated import product_activated, product_gradients
 from llmos_fast.reference import ffn as definition
 
@@ -33,6 +33,7 @@ def forward(
     seed: Tensor | None,
 ) -> Tensor:
     """See llmos_fast.ops.ffn."""
+    w1, w2 = as_read(w1, x), as_read(w2, x)
     rows = x.reshape(-1, x.shape[-1])
     keep = torch.is_grad_enabled() and not recompute
     out, _ = _ffn(rows, w1, b1, w2, b2, activation, dropout_p, seed, keep)
@@ -90,8 +91,8 @@ def _backward(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None,
     d_gate, hidden = _ffn_hidden_backward(d_out, w2, gate, ctx.activation, ctx.p, seed)
     return (
         product(d_gate, w1.t(), None) if need_x else None,
-        *weight_gradients(d_gate, x, need_w1, need_b1),
-        *weight_gradients(d_out, hidden, need_w2, need_b2),
+        *weight_gradients(d_gate, x, w1.dtype, need_w1, need_b1),
+        *weight_gradients(d_out, hidden, w2.dtype, need_w2, need_b2),
         None,
         None,
         None,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmos_fast.library import differentiable, register, second_order
 from llmos_fast.native.common import refusal
-from llmos_fast.native.product import product, weight_gradients
+from llmos_fast.native.product import as_read, product, weight_gradients
 from llmos_fast.native.product_activated import product_activated, product_gradients
 from llmos_fast.reference import gated_ffn as definition
 
@@ -35,6 +35,7 @@ def forward(
     seed: Tensor | None,
 ) -> Tensor:
     """See llmos_fast.ops.gated_ffn."""
+    w_gate, w_up, w_down = as_read(w_gate, x), as_read(w_up, x), as_read(w_down, x)
     rows = x.reshape(-1, x.shape[-1])
     keep = torch.is_grad_enabled() and not recompute
     out, _, _ = _gated_ffn(
@@ -102,9 +103,10 @@ def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None
     need = dict(zip(_NAMES, ctx.needs_input_grad, strict=False))
     d_gate, d_up, hidden = _hidden_backward(d_out, w_down, gate, up, ctx.activation, ctx.p, seed)
     d_x = product(d_gate, w_gate.t(), None) + product(d_up, w_up.t(), None) if need["x"] else None
-    d_w_gate, d_b_gate = weight_gradients(d_gate, x, need["w_gate"], need["b_gate"])
-    d_w_up, d_b_up = weight_gradients(d_up, x, need["w_up"], need["b_up"])
-    d_w_down, d_b_down = weight_gradients(d_out, hidden, need["w_down"], need["b_down"])
+    d_w_gate, d_b_gate = weight_gradients(d_gate, x, w_gate.dtype, need["w_gate"], need["b_gate"])
+    d_w_up, d_b_up = weight_gradients(d_up, x, w_up.dtype, need["w_up"], need["b_up"])
+    needs = need["w_down"], need["b_down"]
+    d_w_down, d_b_down = weight_gradients(d_out, hidden, w_down.dtype, *needs)
     d_tensors = (d_x, d_w_gate, d_w_up, d_w_down, d_b_gate, d_b_up, d_b_down)
     return (*d_tensors, None, None, None, None)
 

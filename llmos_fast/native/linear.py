@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from llmos_fast.native.common import refusal
-from llmos_fast.native.product import product
+from llmos_fast.native.product import as_read, product
 
 
 def unsupported(*, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -13,6 +13,7 @@ def unsupported(*, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
 
 def forward(*, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See llmos_fast.ops.linear."""
+    weight = as_read(weight, x)
     if x.dim() == 2:
         return product(x, weight, bias)  # type: ignore[no-any-return]
     rows = x.reshape(-1, x.shape[-1])

@@ -2,6 +2,8 @@
 
 csrc/cpu/product.inl takes any strides, so the gradients call it with transposed views. Nothing is
 packed ahead: a cache of packed weights would go stale where a weight is written through ``.data``.
+Beside x in bf16 it reads a weight in fp32, rounded as it is packed, and gives its gradient in fp32:
+what autocast would copy twice, or thrice, is read once.
 
 Few rows read the weight once from memory, whatever the arithmetic: csrc/cpu/linear_rows.inl. On 2
 cores of an AMD Zen 4 it is ahead of both libraries up to 24 rows of fp32 and 48 of bf16. With all
@@ -83,16 +85,27 @@ def way(x: Tensor, weight: Tensor) -> str:
     return "onednn" if x.dtype == torch.float32 and work >= _LEAST_WORK_OF_ONEDNN else "torch"
 
 
+def as_read(weight: Tensor, x: Tensor) -> Tensor:
+    """``weight`` in the dtype of x, or in fp32 beside bf16 where that is read without a copy."""
+    if torch.compiler.is_compiling() or route(x.dtype) == "own":
+        return weight
+    return weight.to(x.dtype)
+
+
 def _product_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         bias = bias.contiguous()  # oneDNN reads a strided one as if it were, and so do the kernels
     best = way(x, weight)
-    if best == "few rows":
-        return _linear_rows(x, weight, bias)
     if best == "own":
         out = large_empty(x.shape[0], weight.shape[0], dtype=x.dtype)
         _C.product(*own_arguments(x, weight, bias, out), dtype_code(out.dtype), False, 0)
         return out
+    if best == "few rows":
+        if weight.dtype == x.dtype:
+            return _linear_rows(x, weight, bias)
+        wide = None if bias is None else bias.float()
+        return _linear_rows(x.float(), weight, wide).to(x.dtype)
+    weight = weight.to(x.dtype)
     if best == "torch" or x.numel() == 0 or weight.numel() == 0:
         return F.linear(x, weight, bias)
     linear: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -138,6 +151,7 @@ def own_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
         weight.stride(1),
         weight.stride(0),
         dtype_code(x.dtype),
+        dtype_code(weight.dtype),
     )
 
 
@@ -180,39 +194,46 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, Te
     need_bias = need_bias and ctx.has_bias
     d_x = product(d_out, weight.t(), None) if need_x else None
     if torch.is_grad_enabled():
-        d_weight = product(d_out.t(), x.t(), None) if need_weight else None
+        d_weight = product(d_out.t(), x.t(), None).to(weight.dtype) if need_weight else None
         return d_x, d_weight, d_out.sum(0) if need_bias else None
-    return d_x, *weight_gradients(d_out, x, need_weight, need_bias)
+    return d_x, *weight_gradients(d_out, x, weight.dtype, need_weight, need_bias)
 
 
 def weight_gradients(
-    d_out: Tensor, x: Tensor, need_weight: bool, need_bias: bool
+    d_out: Tensor, x: Tensor, dtype: torch.dtype, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(d_out^T x, sum of the rows of d_out), or None for what is not needed."""
+    """(d_out^T x in ``dtype``, sum of the rows of d_out), or None for what is not needed."""
     if not need_weight:
         return None, d_out.sum(0) if need_bias else None
-    d_weight, d_bias = _weight_gradients(d_out, x, need_bias)
+    d_weight, d_bias = _weight_gradients(d_out, x, dtype, need_bias)
     return d_weight, d_bias if need_bias else None
 
 
-def _weight_gradients_cpu(d_out: Tensor, x: Tensor, need_bias: bool) -> tuple[Tensor, Tensor]:
-    d_weight = torch.empty(d_out.shape[1], x.shape[1], dtype=x.dtype)
+def _weight_gradients_cpu(
+    d_out: Tensor, x: Tensor, dtype: torch.dtype, need_bias: bool
+) -> tuple[Tensor, Tensor]:
+    d_weight = large_empty(d_out.shape[1], x.shape[1], dtype=dtype)
     d_bias = torch.empty(d_out.shape[1]) if need_bias else None
     product_into(d_weight, d_out.t(), x.t(), d_bias, add=False)
     return d_weight, x.new_empty(0) if d_bias is None else d_bias.to(x.dtype)
 
 
-def _weight_gradients_fake(d_out: Tensor, x: Tensor, need_bias: bool) -> tuple[Tensor, Tensor]:
+def _weight_gradients_fake(
+    d_out: Tensor, x: Tensor, dtype: torch.dtype, need_bias: bool
+) -> tuple[Tensor, Tensor]:
     columns = d_out.shape[1]
-    return x.new_empty(columns, x.shape[1]), x.new_empty(columns if need_bias else 0)
+    d_weight = x.new_empty(columns, x.shape[1], dtype=dtype)
+    return d_weight, x.new_empty(columns if need_bias else 0)
 
 
 _weight_gradients = register(
-    "product_weight_gradients(Tensor d_out, Tensor x, bool need_bias) -> (Tensor, Tensor)",
+    "product_weight_gradients(Tensor d_out, Tensor x, ScalarType dtype, bool need_bias) "
+    "-> (Tensor, Tensor)",
     _weight_gradients_cpu,
     _weight_gradients_fake,
 )
-# x: [rows, in], weight: [out, in], bias: [out] -> [rows, out]; any strides
+# x: [rows, in], weight: [out, in], bias: [out] -> [rows, out]; any strides; in x's dtype, but
+# that weight may be fp32 beside bf16
 product = differentiable(
     "product(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     _product_cpu,

@@ -42,6 +42,15 @@ def same_dtype(op: str, **tensors: Tensor | None) -> None:
             require(False, op, argument, f"have the dtype of {first}, {dtype}", tensor.dtype)
 
 
+def weight_dtype(op: str, x: Tensor, **weights: Tensor) -> None:
+    """Every weight has the dtype of ``x``, or is fp32 beside 16 bits."""
+    for argument, weight in weights.items():
+        mixed = weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+        if weight.dtype != x.dtype and not mixed:
+            rule = f"have the dtype of the input, {x.dtype}, or float32 beside 16 bits"
+            require(False, op, argument, rule, weight.dtype)
+
+
 def shape(
     op: str, argument: str, tensor: Tensor | None, expected: Sequence[int], names: str
 ) -> None:
@@ -88,3 +97,10 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         t.to(dtype) if t is not None and t.dtype not in (dtype, torch.float64) else t
         for t in tensors
     )
+
+
+def autocast_weights(*weights: Tensor) -> tuple[Tensor, ...]:
+    """As ``autocast``, but fp32 stays: implementations read it, and give fp32 gradients."""
+    if not torch._C._is_any_autocast_enabled():
+        return weights
+    return tuple(w if w.dtype == torch.float32 else autocast(w)[0] for w in weights)  # type: ignore[misc]

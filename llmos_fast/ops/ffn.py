@@ -32,7 +32,8 @@ def ffn(
 
     Args:
         x: Float[... features].
-        w1: Float[hidden features].
+        w1: Float[hidden features]; weights are in the dtype of ``x``, or float32 beside 16 bits:
+            then they count as rounded to those, and get their gradients in float32.
         b1: Float[hidden], or None.
         w2: Float[out hidden].
         b2: Float[out], or None.
@@ -52,11 +53,11 @@ def ffn(
     Raises:
         ValueError: naming op, argument, rule and value.
     """
-    x, w1, b1, w2, b2, residual = check.autocast(  # type: ignore[assignment]
-        x, w1, b1, w2, b2, residual
-    )
+    x, b1, b2, residual = check.autocast(x, b1, b2, residual)  # type: ignore[assignment]
+    w1, w2 = check.autocast_weights(w1, w2)
     check.floating(_OP, x=x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual)
-    check.same_dtype(_OP, x=x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual)
+    check.same_dtype(_OP, x=x, b1=b1, b2=b2, residual=residual)
+    check.weight_dtype(_OP, x, w1=w1, w2=w2)
     check_weight(_OP, "w1", w1, x)
     check.shape(_OP, "b1", b1, w1.shape[:1], "hidden")
     check.shape(_OP, "w2", w2, (w2.shape[0], w1.shape[0]), "out hidden")

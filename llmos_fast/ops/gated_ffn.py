@@ -36,7 +36,8 @@ def gated_ffn(
 
     Args:
         x: Float[... features].
-        w_gate: Float[hidden features].
+        w_gate: Float[hidden features]; weights are in the dtype of ``x``, or float32 beside
+            16 bits: then they count as rounded to those, and get their gradients in float32.
         w_up: Float[hidden features].
         w_down: Float[out hidden].
         b_gate: Float[hidden], or None.
@@ -58,13 +59,15 @@ def gated_ffn(
     Raises:
         ValueError: naming op, argument, rule and value.
     """
-    x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual = check.autocast(  # type: ignore[assignment]
-        x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual
+    x, b_gate, b_up, b_down, residual = check.autocast(  # type: ignore[assignment]
+        x, b_gate, b_up, b_down, residual
     )
-    tensors = {"x": x, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
+    w_gate, w_up, w_down = check.autocast_weights(w_gate, w_up, w_down)
+    weights = {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}
     biases = {"b_gate": b_gate, "b_up": b_up, "b_down": b_down}
-    check.floating(_OP, **tensors, **biases, residual=residual)
-    check.same_dtype(_OP, **tensors, **biases, residual=residual)
+    check.floating(_OP, x=x, **weights, **biases, residual=residual)
+    check.same_dtype(_OP, x=x, **biases, residual=residual)
+    check.weight_dtype(_OP, x, **weights)
     check_weight(_OP, "w_gate", w_gate, x)
     check.shape(_OP, "w_up", w_up, w_gate.shape, "hidden features")
     check.shape(_OP, "w_down", w_down, (w_down.shape[0], w_gate.shape[0]), "out hidden")
@@ -78,7 +81,8 @@ def gated_ffn(
     return select(  # type: ignore[no-any-return]
         _OP,
         impl,
-        **tensors,
+        x=x,
+        **weights,
         **biases,
         activation=activation,
         dropout_p=dropout_p,

@@ -17,7 +17,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
 
     Args:
         x: Float[... in_features].
-        weight: Float[out_features in_features].
+        weight: Float[out_features in_features] in the dtype of ``x``, or float32 beside 16 bits:
+            then it counts as rounded to those, and gets its gradient in float32.
         bias: Float[out_features].
         impl: "auto", or the name of an implementation, which is then forced.
 
@@ -29,9 +30,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
     Raises:
         ValueError: naming op, argument, rule and value.
     """
-    x, weight, bias = check.autocast(x, weight, bias)  # type: ignore[assignment]
+    x, bias = check.autocast(x, bias)  # type: ignore[assignment]
+    (weight,) = check.autocast_weights(weight)
     check.floating(_OP, x=x, weight=weight, bias=bias)
-    check.same_dtype(_OP, x=x, weight=weight, bias=bias)
+    check.same_dtype(_OP, x=x, bias=bias)
+    check.weight_dtype(_OP, x, weight=weight)
     check_weight(_OP, "weight", weight, x)
     check.shape(_OP, "bias", bias, (weight.shape[0],), "out_features")
     return select(_OP, impl, x=x, weight=weight, bias=bias)  # type: ignore[no-any-return]

@@ -37,8 +37,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: Float[... features].
-        weight: Float[classes features]; float32 also under 16-bit ``hidden``, then it counts as
-            rounded to its dtype, and gets its gradient in float32.
+        weight: Float[classes features]; in the dtype of ``hidden``, or float32 beside 16 bits:
+            then it counts as rounded to those, and gets its gradient in float32.
         target: Int64[...], the shape of ``hidden`` without its last dimension; classes in
             [0, classes), or ``ignore_index``.
         bias: Float[classes], or None.
@@ -59,12 +59,10 @@ def linear_cross_entropy(
         ValueError: naming op, argument, rule and value.
     """
     hidden, bias = check.autocast(hidden, bias)  # type: ignore[assignment]
-    if weight.dtype != torch.float32:
-        (weight,) = check.autocast(weight)  # type: ignore[assignment]
+    (weight,) = check.autocast_weights(weight)
     check.floating(_OP, hidden=hidden, weight=weight, bias=bias)
     check.same_dtype(_OP, hidden=hidden, bias=bias)
-    if weight.dtype != torch.float32 or hidden.dtype not in (torch.bfloat16, torch.float16):
-        check.same_dtype(_OP, hidden=hidden, weight=weight)
+    check.weight_dtype(_OP, hidden, weight=weight)
     check_weight(_OP, "weight", weight, hidden)
     check.shape(_OP, "bias", bias, weight.shape[:1], "classes")
     check.shape(_OP, "target", target, hidden.shape[:-1], "hidden without its last dimension")

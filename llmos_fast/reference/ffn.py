@@ -26,6 +26,7 @@ def forward(
     seed: Tensor | None,
 ) -> Tensor:
     """See llmos_fast.ops.ffn; ``recompute`` changes no result, and here no memory."""
+    w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
     hidden = ACTIVATIONS[activation](
         F.linear(upcast(x), upcast(w1), None if b1 is None else upcast(b1))
     )

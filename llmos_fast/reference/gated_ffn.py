@@ -28,6 +28,7 @@ def forward(
     seed: Tensor | None,
 ) -> Tensor:
     """See llmos_fast.ops.gated_ffn; ``recompute`` changes no result, and here no memory."""
+    w_gate, w_up, w_down = (weight.to(x.dtype) for weight in (w_gate, w_up, w_down))
     gate = _linear(upcast(x), w_gate, b_gate)
     up = _linear(upcast(x), w_up, b_up)
     hidden = dropout_rows(ACTIVATIONS[activation](gate) * up, seed, dropout_p)

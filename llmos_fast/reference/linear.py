@@ -10,4 +10,4 @@ def unsupported(**_: object) -> None:
 
 def forward(*, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See llmos_fast.ops.linear."""
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), bias)

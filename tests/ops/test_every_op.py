@@ -227,6 +227,27 @@ def test_autocast_casts_to_bf16(op):
     )
 
 
+class _Cut(torch.autograd.Function):
+    """What lies before it gets no gradient at all."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d_x):
+        return None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_results_without_gradient_give_none(op):
+    tensors, options = _case(op)
+    result = getattr(ops, op)(**tensors, **options, impl="native")
+    results = result if isinstance(result, tuple) else (result,)
+    sum(_Cut.apply(r).sum() for r in results).backward()
+    assert all(t.grad is None for t in tensors.values() if t is not None)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_same_seed_same_bits_and_thread_count_does_not_matter(op):
     tensors, options = _case(op)

@@ -60,6 +60,23 @@ def test_every_instruction_set(cpu_set, check, activation, dtype):
     check((5,), 40, 130, 24, activation, 0.3, dtype)
 
 
+@pytest.mark.parametrize("rows", [5, 40, 200])
+@pytest.mark.parametrize("gated", [False, True])
+def test_fp32_weights_beside_bf16(gated, rows, products_by):
+    products_by("own")
+    g = {"dtype": torch.bfloat16, "requires_grad": True}
+    op = "gated_ffn" if gated else "ffn"
+    names = ("w_gate", "w_up", "w_down") if gated else ("w1", "w2")
+    tensors = {"x": random(rows, 33, **g)} | ({} if gated else {"b1": None, "b2": random(20, **g)})
+    for name in names:
+        last = name == names[-1]
+        tensors[name] = random(20 if last else 70, 70 if last else 33, requires_grad=True)
+    assert_within_budget(
+        getattr(ops, op), getattr(reference, op), tensors, {"dropout_p": 0.3}, impl="native",
+        reduction=2 * max(rows, 70),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_without_gradients(activation, dtype):
     """Inference may take another way: the activation in the product's own epilogue."""
@@ -118,7 +135,7 @@ BAD_FFN = [
     ({"b1": random(11)}, "b1 must have shape"),
     ({"activation": "tanh"}, "activation must be one of relu, .*got 'tanh'"),
     ({"dropout_p": -0.1}, "dropout_p must be in"),
-    ({"w1": random(12, 8, dtype=torch.float64)}, "w1 must have the dtype of x"),
+    ({"w1": random(12, 8, dtype=torch.float64)}, "w1 must have the dtype of the input"),
 ]
 
 

@@ -40,6 +40,20 @@ def test_matches_definition(route, rows, bias, dtype):
     check(rows, 33, 70, bias, dtype)
 
 
+@pytest.mark.parametrize("rows", [(5,), (3, 20), (160,)], ids=str)
+def test_fp32_weight_beside_bf16(route, rows):
+    """Counts as rounded, and gets an fp32 gradient that was never rounded to bf16."""
+    x = random(*rows, 144, dtype=torch.bfloat16, requires_grad=True)
+    bias = random(512, dtype=torch.bfloat16, requires_grad=True)
+    tensors = {"x": x, "weight": random(512, 144, requires_grad=True), "bias": bias}
+    assert_within_budget(ops.linear, reference.linear, tensors, {}, impl="native", reduction=512)
+    ops.linear(**tensors, impl="native").sum().backward()
+    gradient = tensors["weight"].grad
+    assert gradient.dtype == torch.float32
+    if route == "own" and len(rows) == 1 and rows[0] > 100:
+        assert not torch.equal(gradient, gradient.bfloat16().float())
+
+
 @pytest.mark.parametrize(
     "sizes", [(0, 8, 4), (5, 0, 4), (5, 8, 0), (40, 0, 4), (40, 8, 0)], ids=str
 )

@@ -55,7 +55,7 @@ def test_every_instruction_set(cpu_set, classes, dtype):
     sizes=st.tuples(*[st.integers(1, 90)] * 3),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     bias=st.booleans(),
-    block=st.integers(1, 2000),
+    block=st.integers(1, 8000),
 )
 def test_any_size_and_block(sizes, reduction, bias, block):
     rows, features, classes = sizes

@@ -68,6 +68,22 @@ def test_layouts(cpu_set, x_layout, weight_layout, dtype):
     assert torch.equal(product(laid_out(x, x_layout), laid_out(weight, weight_layout), None), dense)
 
 
+@every_set
+@pytest.mark.parametrize("layout", ["rows", "columns", "neither"])
+@pytest.mark.parametrize("sizes", [(50, 70, 45), (30, 40, 801), (18, 1100, 31)], ids=str)
+def test_fp32_weights_beside_bf16(cpu_set, sizes, layout):
+    rows, columns, depth = sizes
+    x, bias = random(rows, depth, dtype=torch.bfloat16), random(columns, dtype=torch.bfloat16)
+    weight = random(columns, depth)
+    mixed = product(x, laid_out(weight, layout), bias)
+    if cpu_set == "avx512_bf16":  # rounded as they are packed, else not at all
+        assert torch.equal(mixed, product(x, weight.bfloat16(), bias))
+    truth = x.double() @ weight.double().t() + bias.double()
+    eager = x @ weight.bfloat16().t() + bias
+    assert mixed.dtype == torch.bfloat16
+    assert_close_to_truth(mixed, eager, truth, reduction=depth)
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     sizes=st.tuples(st.integers(17, 250), st.integers(1, 250), st.integers(1, 900)),
