@@ -68,11 +68,10 @@ class TorchGPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        x = self.drop(self.tokens(tokens) + self.positions.weight)
-        return self.stack(x, mask=self.mask, is_causal=True)
+        return self.stack(self.embedded(tokens), mask=self.mask, is_causal=True)
 
-    def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout)
+    def embedded(self, tokens: Tensor) -> Tensor:
+        return F.dropout(self.tokens(tokens) + self.positions.weight, self.dropout)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         logits = self.projection(self.hidden(tokens))
@@ -82,8 +81,9 @@ class TorchGPT(nn.Module):
 class OurGPT(TorchGPT):
     library = llmos_fast.nn
 
-    def drop(self, x: Tensor) -> Tensor:
-        return ops.dropout(x, self.dropout)
+    def embedded(self, tokens: Tensor) -> Tensor:
+        table, positions = self.tokens.weight, self.positions.weight
+        return ops.embedding(tokens, table, positions=positions, dropout_p=self.dropout)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         return ops.linear_cross_entropy(self.hidden(tokens), self.projection.weight, targets)

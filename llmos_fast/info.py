@@ -102,7 +102,7 @@ def _sample_calls(device: str) -> dict[str, Callable[[], list[Refusal]]]:
         "attention_decode": lambda: explain(ops.attention_decode, heads, heads, heads, lengths),
         "attention_weights": lambda: explain(ops.attention_weights, heads, heads, heads),
         "cache_write": lambda: explain(ops.cache_write, heads, heads, heads, heads, lengths),
-        "embedding": lambda: explain(ops.embedding, target, x(9, 8)),
+        "embedding": lambda: explain(ops.embedding, target, x(9, 8), positions=x(4, 8)),
         "ffn": lambda: explain(ops.ffn, x(4, 8), x(16, 8), x(16), x(8, 16), x(8)),
         "gated_ffn": lambda: explain(ops.gated_ffn, x(4, 8), x(16, 8), x(16, 8), x(8, 16)),
         "add_norm": lambda: explain(ops.add_norm, x(4, 8), x(4, 8), x(8), x(8)),

@@ -1,6 +1,5 @@
 #include "bindings/bindings.h"
 #include "bindings/recording.h"
-#include "cpu/embedding.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 
@@ -164,11 +163,32 @@ void bind_elementwise(py::module_& module) {
     prefer_huge_pages(pointer<void>(memory), bytes);
   });
   module.def(
-      "embedding",
-      [](Address ids, bool wide_ids, Address table, Address out, int64_t count, int64_t rows,
-         int64_t width, int64_t stride, int type) {
-        run<Embedding>(embedding, {Integers{pointer<void>(ids), wide_ids}, pointer<void>(table),
-                                   pointer<void>(out), count, rows, width, stride, DType(type)});
+      "embedding_forward",
+      [](Address ids, bool wide_ids, int64_t count, int64_t rows, int64_t width, int64_t seq,
+         int64_t inner, int type, float scale, Address seed, uint64_t threshold,
+         float dropout_scale, Address table, Address positions, Address out, int64_t stride) {
+        run<EmbeddingForward>(
+            kernels().embedding_forward,
+            {{Integers{pointer<void>(ids), wide_ids}, count, rows, width, seq, inner, DType(type),
+              scale, dropout_from(seed, threshold, dropout_scale)},
+             pointer<void>(table),
+             pointer<void>(positions),
+             pointer<void>(out),
+             stride});
+      },
+      ReleaseGil());
+  module.def(
+      "embedding_backward",
+      [](Address ids, bool wide_ids, int64_t count, int64_t rows, int64_t width, int64_t seq,
+         int64_t inner, int type, float scale, Address seed, uint64_t threshold,
+         float dropout_scale, Address d_out, Address d_table, Address d_positions) {
+        run<EmbeddingBackward>(
+            kernels().embedding_backward,
+            {{Integers{pointer<void>(ids), wide_ids}, count, rows, width, seq, inner, DType(type),
+              scale, dropout_from(seed, threshold, dropout_scale)},
+             pointer<void>(d_out),
+             pointer<float>(d_table),
+             pointer<float>(d_positions)});
       },
       ReleaseGil());
 }

@@ -57,6 +57,8 @@ const Kernels avx2_kernels = {
     avx2::cache_write,
     avx2::linear_rows,
     avx2::product,
+    avx2::embedding_forward,
+    avx2::embedding_backward,
     avx2::adamw,
     avx2::square_sums,
 };

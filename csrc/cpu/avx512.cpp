@@ -34,6 +34,8 @@ const Kernels avx512_kernels = {
     avx512::cache_write,
     avx512::linear_rows,
     avx512::product,
+    avx512::embedding_forward,
+    avx512::embedding_backward,
     avx512::adamw,
     avx512::square_sums,
 };

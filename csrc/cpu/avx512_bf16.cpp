@@ -36,6 +36,8 @@ const Kernels avx512_bf16_kernels = {
     avx512_bf16::cache_write,
     avx512_bf16::linear_rows,
     avx512_bf16::product,
+    avx512_bf16::embedding_forward,
+    avx512_bf16::embedding_backward,
     avx512_bf16::adamw,
     avx512_bf16::square_sums,
 };

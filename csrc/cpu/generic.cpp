@@ -38,6 +38,8 @@ const Kernels generic_kernels = {
     generic::cache_write,
     generic::linear_rows,
     generic::product,
+    generic::embedding_forward,
+    generic::embedding_backward,
     generic::adamw,
     generic::square_sums,
 };

@@ -196,6 +196,32 @@ struct LinearRows {
   DType type;
 };
 
+// ids [outer, seq, inner], `count` altogether, of `rows` rows.
+struct EmbeddingRows {
+  Integers ids;
+  int64_t count, rows, width, seq, inner;
+  DType type;
+  float scale;
+  Dropout dropout;
+  int64_t position(int64_t i) const { return i / inner % seq; }
+};
+
+// out[i] = dropout(scale * table[ids[i]] + positions[position(i)]). table has a stride between
+// rows; positions [seq, width] may be null.
+struct EmbeddingForward {
+  EmbeddingRows of;
+  const void *table, *positions;
+  void* out;
+  int64_t stride;
+};
+
+// Gradients of table [rows, width] and positions, which may be null, from that of out.
+struct EmbeddingBackward {
+  EmbeddingRows of;
+  const void* d_out;
+  float *d_table, *d_positions;
+};
+
 // What becomes of the sums s of a product.
 enum class Finish : int {
   none = 0,       // out = s
@@ -269,6 +295,8 @@ struct Kernels {
   void (*cache_write)(const CacheWrite&);
   void (*linear_rows)(const LinearRows&);
   void (*product)(const Product&);
+  void (*embedding_forward)(const EmbeddingForward&);
+  void (*embedding_backward)(const EmbeddingBackward&);
   void (*adamw)(const AdamW&);
   void (*square_sums)(const SquareSums&);
 };

@@ -16,4 +16,5 @@
 #include "cpu/linear_rows.inl"
 #include "cpu/product_epilogue.inl"
 #include "cpu/product.inl"
+#include "cpu/embedding.inl"
 #include "cpu/adamw.inl"

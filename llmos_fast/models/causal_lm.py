@@ -51,7 +51,10 @@ class CausalLM(Pretrained, LanguageModel):
         _check_tokens(tokens, self.config)
         dropout_p = self.config.attention_dropout if self.training else 0.0
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.dropout(self._embed(tokens, positions))
+        added = (
+            plain.embedding(self.positions, positions) if self.config.learned_positions else None
+        )
+        x = plain.embedding(self.embedding, tokens, positions=added, dropout=self.dropout)
         sequences = Batch(causal=True, key_lengths=lengths, dropout_p=dropout_p)
         return self.stack(x, sequences)  # type: ignore[no-any-return]
 

@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llmos_fast import ops
-
 
 def sinusoids(length: int, width: int) -> Tensor:
     """Position ``p`` in channels ``2i`` and ``2i + 1``: sin and cos of ``p / 10000^(2i / width)``.
@@ -34,12 +32,14 @@ class PositionalEncoding(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("table", sinusoids(max_length, width), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: Float[batch seq width]. Raises ValueError where seq exceeds ``max_length``."""
-        length = x.shape[1]
+    def rows(self, length: int) -> Tensor:
+        """Float[length width], what is added. Raises ValueError beyond ``max_length``."""
         if length > self.table.shape[0]:
             raise ValueError(
                 f"PositionalEncoding: seq must be at most {self.table.shape[0]}, got {length}"
             )
-        dropout_p = self.dropout.p if self.training else 0.0
-        return ops.dropout(x + self.table[:length].to(x.dtype), dropout_p)
+        return self.table[:length]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: Float[batch seq width]. Raises ValueError where seq exceeds ``max_length``."""
+        return self.dropout(x + self.rows(x.shape[1]).to(x.dtype))  # type: ignore[no-any-return]

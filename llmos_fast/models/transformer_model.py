@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llmos_fast import ops
 from llmos_fast.models.language_model import LanguageModel, loss_in_blocks
 from llmos_fast.models.positional_encoding import PositionalEncoding
-from llmos_fast.nn import TransformerEncoder, TransformerEncoderLayer
+from llmos_fast.nn import TransformerEncoder, TransformerEncoderLayer, plain
 
 
 class TransformerModel(LanguageModel):
@@ -64,7 +64,9 @@ class TransformerModel(LanguageModel):
             raise ValueError(
                 f"TransformerModel: tokens must be [batch seq], got shape {tuple(tokens.shape)}"
             )
-        x = self.pos_encoder(self.input_emb(tokens) * math.sqrt(self.ninp))
+        positions = self.pos_encoder.rows(tokens.shape[1])
+        scale, dropout = math.sqrt(self.ninp), self.pos_encoder.dropout
+        x = plain.embedding(self.input_emb, tokens, scale, positions, dropout)
         encoded: Tensor = self.encoder(x, is_causal=True)
         return encoded
 

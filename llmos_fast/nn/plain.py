@@ -49,8 +49,17 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)  # type: ignore[no-any-return]
 
 
-def embedding(module: nn.Module, ids: Tensor) -> Tensor:
-    """``module(ids)`` for an embedding or what stands in its place."""
+def embedding(
+    module: nn.Module,
+    ids: Tensor,
+    scale: float = 1.0,
+    positions: Tensor | None = None,
+    dropout: nn.Module | None = None,
+) -> Tensor:
+    """dropout(scale module(ids) + positions) for an embedding or what stands in its place.
+
+    ids: Int[... seq]; positions: Float[seq width]
+    """
     if (
         is_plain(module, nn.Embedding)
         and module.padding_idx is None
@@ -58,8 +67,15 @@ def embedding(module: nn.Module, ids: Tensor) -> Tensor:
         and not module.sparse
         and not module.scale_grad_by_freq
     ):
-        return ops.embedding(ids, module.weight)
-    return module(ids)  # type: ignore[no-any-return]
+        table = module.weight
+        positions = None if positions is None else positions.to(table.dtype)
+        drops = dropout is not None and is_plain(dropout, *DROPOUT)
+        dropout_p = dropout_probability(dropout) if drops else 0.0
+        x = ops.embedding(ids, table, scale=scale, positions=positions, dropout_p=dropout_p)
+        return x if drops or dropout is None else dropout(x)
+    x = module(ids) if scale == 1.0 else module(ids) * scale
+    x = x if positions is None else x + positions.to(x.dtype)
+    return x if dropout is None else dropout(x)  # type: ignore[no-any-return]
 
 
 def norm(module: nn.Module, x: Tensor) -> Tensor:

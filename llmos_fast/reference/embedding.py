@@ -1,16 +1,31 @@
-"""The definition of a lookup in a table."""
+"""The definition of a lookup in a table, with positions and dropout."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmos_fast.dropout import dropout_rows
 from llmos_fast.ops import check
+from llmos_fast.reference.precision import upcast
 
 
 def unsupported(**_: object) -> None:
     """Every valid call."""
 
 
-def forward(*, ids: Tensor, weight: Tensor) -> Tensor:
+def forward(
+    *,
+    ids: Tensor,
+    weight: Tensor,
+    scale: float,
+    positions: Tensor | None,
+    seq_dim: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
     """See llmos_fast.ops.embedding."""
     check.rows_exist("embedding", "ids", ids, weight.shape[0], "weight")
-    return F.embedding(ids, weight)
+    x = upcast(F.embedding(ids, weight)) * scale
+    if positions is not None:
+        after = (1,) * (ids.dim() - 1 - seq_dim)
+        x = x + upcast(positions).view(positions.shape[0], *after, positions.shape[1])
+    return dropout_rows(x, seed, dropout_p).to(weight.dtype)

@@ -3,10 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llmos_fast import explain, ops, reference
-from llmos_fast.testing import random
+from llmos_fast import dispatch, explain, ops, reference
+from llmos_fast.testing import assert_within_budget, random
 
+# the interpreter's, where it is asked for
+TRITON = dispatch.registered()["embedding"][1].module is not None
 IMPLEMENTATIONS = ["native", "reference"]
 
 
@@ -59,31 +63,68 @@ def refusal(weight):
 def test_what_takes_the_definition():
     table = random(20, 8)
     assert refusal(table) is None
+    assert refusal(table.clone().requires_grad_()) is None
     assert refusal(table.double()) == "needs float32 or bfloat16, got torch.float64"
     assert refusal(table.t()) == "needs contiguous rows of weight, got strides (1, 8)"
-    leaf = table.clone().requires_grad_()
-    assert refusal(leaf) == "needs a table without gradient, got weight with requires_grad"
-    with torch.no_grad():
-        assert refusal(leaf) is None
     for weight in (table.double(), table.t()):
         ids = torch.tensor([[3, 0]])
         assert torch.equal(ops.embedding(ids, weight), weight[ids])
 
 
-def test_gradients():
-    weight = random(6, 4, dtype=torch.float64, requires_grad=True)
-    ids = torch.tensor([[1, 5, 1], [0, 1, 3]])
-    assert torch.autograd.gradcheck(lambda w: ops.embedding(ids, w), weight)
-    assert torch.autograd.gradgradcheck(lambda w: reference.embedding(ids, w), weight)
+def check(rows, shape, width, dtype, index=torch.int64, **options):
+    seq_dim = options.get("seq_dim", -1)
+    grad = {"dtype": dtype, "requires_grad": True}
+    tensors = {
+        "ids": torch.randint(rows, shape, dtype=index),
+        "weight": random(rows, width, **grad),
+        "positions": random(shape[seq_dim], width, **grad),
+    }
+    count = tensors["ids"].numel()
+    for impl in ("native", "triton") if TRITON else ("native",):
+        assert_within_budget(
+            ops.embedding, reference.embedding, tensors, options, impl=impl, reduction=count + 1
+        )
+
+
+@pytest.mark.parametrize("seq_dim", [0, 1, -1, -3])
+def test_positions_along_any_dimension(seq_dim, dtype):
+    check(20, (4, 7, 3), 33, dtype, seq_dim=seq_dim, scale=0.5, dropout_p=0.3)
+
+
+@pytest.mark.parametrize("width", [1, 16, 70])
+def test_every_instruction_set(cpu_set, width, dtype):
+    check(11, (3, 5), width, dtype, torch.int32, scale=3.0, dropout_p=0.3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 300),
+    shape=st.tuples(st.integers(0, 6), st.integers(0, 40)),
+    width=st.integers(0, 70),
+    dropout_p=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_any_size(rows, shape, width, dropout_p):
+    check(rows, shape, width, torch.float32, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": random(2, 8)}, r"positions must have shape \(seq width\) = \(3, 8\)"),
+        ({"positions": random(3, 8).double()}, "positions must have the dtype of weight"),
+        ({"positions": random(3, 8), "seq_dim": 1}, "seq_dim must be a dimension of ids"),
+        ({"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\]"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=f"embedding: {message}"):
+        ops.embedding(torch.tensor([3, 1, 2]), random(20, 8), **options)
+
+
+def test_gradients_sum_what_repeats():
     leaf = random(6, 4, requires_grad=True)
-    ops.embedding(ids, leaf).sum().backward()
+    ops.embedding(torch.tensor([[1, 5, 1], [0, 1, 3]]), leaf).sum().backward()
     assert torch.equal(leaf.grad[:, 0], torch.tensor([1.0, 3.0, 0.0, 1.0, 0.0, 1.0]))
-
-
-def test_opcheck():
-    torch.library.opcheck(
-        torch.ops.llmos_fast.embedding.default, (torch.tensor([[3, 4]]), random(20, 8))
-    )
 
 
 @pytest.mark.parametrize("train", [False, True])

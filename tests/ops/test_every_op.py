@@ -43,6 +43,14 @@ def _case(op, dtype=torch.float32):
             },
             {"causal": "bottom_right", "softcap": 4.0, "dropout_p": 0.25, "average_heads": True},
         ),
+        "embedding": lambda: (
+            {
+                "ids": torch.tensor([[3, 0, 8, 3, 3]] * 3),
+                "weight": r(9, 6),
+                "positions": r(5, 6),
+            },
+            {"scale": 3.0, "dropout_p": 0.25},
+        ),
         "ffn": lambda: (
             {"x": r(3, 5, 6), "w1": r(9, 6), "b1": r(9), "w2": r(4, 9), "b2": r(4)},
             {"activation": "gelu", "dropout_p": 0.25},
@@ -92,6 +100,7 @@ OPS = [
     "attention",
     "attention_weights",
     "dropout",
+    "embedding",
     "ffn",
     "gated_ffn",
     "linear",
@@ -102,7 +111,7 @@ OPS = [
 
 def test_every_op_is_covered():
     # not every tensor of these has a gradient: files of their own test what is tested here
-    others = {"attention_decode", "cache_write", "embedding", "quant_embedding", "quant_matmul"}
+    others = {"attention_decode", "cache_write", "quant_embedding", "quant_matmul"}
     assert set(ops.__all__) - others == set(OPS)
 
 
@@ -127,8 +136,8 @@ def test_gradients_of_the_definition(op):
     assert torch.autograd.gradgradcheck(function, values)
 
 
-# dropout and rotary are linear in their inputs
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("dropout", "rotary")])
+# dropout, embedding and rotary are linear in their inputs
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("dropout", "embedding", "rotary")])
 def test_gradients_of_gradients(op):
     """Differentiating the gradients of the kernels gives what the definition gives."""
 
@@ -212,7 +221,9 @@ def test_compiled_dropout_draws_anew(op):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("add_norm", "dropout", "rotary")])
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if op not in ("add_norm", "dropout", "embedding", "rotary")]
+)
 def test_autocast_casts_to_bf16(op):
     tensors, options = _case(op)
     if op in ("attention", "attention_weights"):
