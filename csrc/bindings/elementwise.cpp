@@ -48,16 +48,15 @@ void bind_elementwise(py::module_& module) {
   module.def(
       "add_norm_backward",
       [](Address d_norm, Address d_total_in, Address total, Address weight, Address mean,
-         Address rstd, Address d_x, Address d_residual, Address partial_weight,
-         Address partial_bias, int64_t rows, int64_t columns, int64_t partials, int x_type,
-         int type, bool rms, Address seed, uint64_t threshold, float scale) {
+         Address rstd, Address d_x, Address d_residual, Address d_weight, Address d_bias,
+         int64_t rows, int64_t columns, int x_type, int type, bool rms, Address seed,
+         uint64_t threshold, float scale) {
         run<AddNormBackward>(
             kernels().add_norm_backward,
             {pointer<void>(d_norm), pointer<void>(d_total_in), pointer<void>(total),
              pointer<float>(weight), pointer<float>(mean), pointer<float>(rstd), pointer<void>(d_x),
-             pointer<void>(d_residual), pointer<float>(partial_weight),
-             pointer<float>(partial_bias), rows, columns, partials, DType(x_type), DType(type), rms,
-             dropout_from(seed, threshold, scale)});
+             pointer<void>(d_residual), pointer<float>(d_weight), pointer<float>(d_bias), rows,
+             columns, DType(x_type), DType(type), rms, dropout_from(seed, threshold, scale)});
       },
       ReleaseGil());
   module.def(

@@ -56,20 +56,24 @@ static void add_norm_forward_rows(const AddNormForward& call) {
   }
 }
 
+constexpr int64_t kSumParts = 64;
+
 template <typename X, typename T>
 static void add_norm_backward_rows(const AddNormBackward& call) {
   const int64_t columns = call.columns, padded = round_up(columns, 64);
-#pragma omp parallel
+  // fixed blocks of rows, so that the sums do not depend on the number of threads
+  const int64_t parts = call.rows < kSumParts ? call.rows : kSumParts;
+  float* sums = thread_scratch<1>().floats(2 * parts * padded);
+#pragma omp parallel if (call.rows * columns > kWorthThreads)
   {
-    float* sum_weight = thread_scratch().floats(3 * padded);
-    float* sum_bias = sum_weight + padded;
-    float* factors = sum_bias + padded;
-    // fixed blocks of rows, so that the sums do not depend on the number of threads
+    float* factors = thread_scratch().floats(padded);
 #pragma omp for schedule(static)
-    for (int64_t part = 0; part < call.partials; ++part) {
+    for (int64_t part = 0; part < parts; ++part) {
+      float* sum_weight = sums + 2 * part * padded;
+      float* sum_bias = sum_weight + padded;
       for (int64_t i = 0; i < 2 * padded; i += kLanes) store(sum_weight + i, F{});
-      const int64_t begin = call.rows * part / call.partials;
-      const int64_t end = call.rows * (part + 1) / call.partials;
+      const int64_t begin = call.rows * part / parts;
+      const int64_t end = call.rows * (part + 1) / parts;
       for (int64_t row = begin; row < end; ++row) {
         const T* d_norm =
             call.d_norm ? static_cast<const T*>(call.d_norm) + row * columns : nullptr;
@@ -108,12 +112,16 @@ static void add_norm_backward_rows(const AddNormBackward& call) {
           store(static_cast<X*>(call.d_x) + row * columns + i, d_total, n);
         }
       }
-      for (int64_t i = 0; i < columns; i += kLanes) {
-        const int64_t n = columns - i;
-        if (call.partial_weight)
-          store(call.partial_weight + part * columns + i, load(sum_weight + i), n);
-        if (call.partial_bias) store(call.partial_bias + part * columns + i, load(sum_bias + i), n);
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < columns; i += kLanes) {
+      F sum_weight = {}, sum_bias = {};
+      for (int64_t part = 0; part < parts; ++part) {
+        sum_weight += load(sums + 2 * part * padded + i);
+        sum_bias += load(sums + (2 * part + 1) * padded + i);
       }
+      store(call.d_weight + i, sum_weight, columns - i);
+      store(call.d_bias + i, sum_bias, columns - i);
     }
   }
 }

@@ -42,13 +42,12 @@ struct AddNormForward {
 };
 
 // d_total = gradient of total through norm, plus d_total_in; d_x = dropout factor * d_total.
-// Partial sums of the weight gradients go to partial_weight, partial_bias: [partials, columns].
 struct AddNormBackward {
   const void *d_norm, *d_total_in, *total;  // d_norm or d_total_in may be null
   const float *weight, *mean, *rstd;
-  void *d_x, *d_residual;  // either may be null
-  float *partial_weight, *partial_bias;
-  int64_t rows, columns, partials;
+  void *d_x, *d_residual;    // either may be null
+  float *d_weight, *d_bias;  // [columns]
+  int64_t rows, columns;
   DType x_type, type;
   bool rms;
   Dropout dropout;

@@ -39,8 +39,11 @@ LLMOS_INLINE U pairs_along(const float* x, int64_t count) {
 }
 
 LLMOS_INLINE U pairs_across(F low, F high, const float*) {
-  return __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)low), U) |
-         __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)high), U) << 16;
+  using W = uint16_t __attribute__((vector_size(64)));
+  const W both = (W)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (U)__builtin_shuffle(both,
+                              W{0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
 }
 #endif
 

@@ -20,9 +20,6 @@ from llmos_fast.native.common import (
 )
 from llmos_fast.reference import add_norm as definition
 
-# Rows are summed in this many blocks whatever the number of threads: gradients do not depend on it.
-_PARTIALS = 64
-
 
 def unsupported(*, x: Tensor, residual: Tensor | None, **_: object) -> str | None:
     """Needs CPU tensors in fp32 or bf16; a bf16 residual takes a bf16 x."""
@@ -207,8 +204,7 @@ def _backward_cpu(
     x_dtype = torch.bfloat16 if x_is_bf16 else torch.float32
     d_x = large_empty(*total.shape, dtype=x_dtype)
     d_residual = large_empty(*total.shape, dtype=total.dtype) if with_residual else torch.empty(0)
-    partials = min(_PARTIALS, max(rows, 1))
-    sums = torch.empty(2, partials, columns)
+    d_weight, d_bias = torch.empty(columns), torch.empty(columns)
     _C.add_norm_backward(
         address(d_norm),
         address(d_total),
@@ -218,18 +214,16 @@ def _backward_cpu(
         rstd.data_ptr(),
         d_x.data_ptr(),
         address(d_residual) if with_residual else 0,
-        sums[0].data_ptr(),
-        sums[1].data_ptr(),
+        d_weight.data_ptr(),
+        d_bias.data_ptr(),
         rows,
         columns,
-        partials,
         dtype_code(x_dtype),
         dtype_code(total.dtype),
         rms,
         *dropout_arguments(seed, p),
     )
-    d_weight, d_bias = sums.sum(1)
-    return d_x, d_residual, d_weight, d_bias.clone()
+    return d_x, d_residual, d_weight, d_bias
 
 
 def _backward_fake(
