@@ -30,10 +30,12 @@ ROUTES = ("own", "onednn", "torch")
 # one limit for all instruction sets: a captured step and a call of it must give the same bits
 _FEW_ROWS = 16
 
-# Below these the libraries, which pack less, are faster: 128 x 128 x 128 takes F.linear 34-40 us,
-# the own kernel 54; 32 x 768 x 768 takes oneDNN 226-336 us, the own kernel 588-832.
-_LEAST_SIDE, _LEAST_WORK = 128, 2**23
-_LEAST_WORK_OF_ONEDNN = 2**22
+# Below these the libraries, which pack less, are faster. 3072 x 768 by 128 / 256 / 512 rows in ms:
+# fp32 own 3.8 / 6.7 / 13, oneDNN 3.2 / 6.0 / 12, F.linear 4.2 / 7.6 / 15; bf16 own 2.0 / 3.3 / 6.4,
+# F.linear 1.7 / 3.0 / 6.0. What is packed serves all rows, so theirs is the largest limit: weight
+# gradients of few rows are 64 deep own 1.7, oneDNN 2.1 (fp32).
+_LEAST_ROWS, _LEAST_COLUMNS, _LEAST_DEPTH = 256, 128, 64
+_LEAST_WORK, _LEAST_WORK_OF_ONEDNN = 2**23, 2**22
 
 
 @cache
@@ -80,7 +82,10 @@ def way(x: Tensor, weight: Tensor) -> str:
         return best
     (rows, depth), columns = x.shape, weight.shape[0]
     work = rows * columns * depth
-    if work >= _LEAST_WORK and min(rows, columns, depth) >= _LEAST_SIDE:
+    large = rows >= _LEAST_ROWS and columns >= _LEAST_COLUMNS and depth >= _LEAST_DEPTH
+    # torch multiplies bf16 element by element where the CPU has no instruction for it
+    alone = x.dtype == torch.bfloat16 and "avx512_bf16" not in _C.cpu_sets()
+    if work >= _LEAST_WORK and (large or alone):
         return "own"
     return "onednn" if x.dtype == torch.float32 and work >= _LEAST_WORK_OF_ONEDNN else "torch"
 
@@ -213,9 +218,13 @@ def _weight_gradients_cpu(
     d_out: Tensor, x: Tensor, dtype: torch.dtype, need_bias: bool
 ) -> tuple[Tensor, Tensor]:
     d_weight = large_empty(d_out.shape[1], x.shape[1], dtype=dtype)
-    d_bias = torch.empty(d_out.shape[1]) if need_bias else None
+    own = way(d_out.t(), x.t()) == "own"
+    d_bias = torch.empty(d_out.shape[1]) if need_bias and own else None
     product_into(d_weight, d_out.t(), x.t(), d_bias, add=False)
-    return d_weight, x.new_empty(0) if d_bias is None else d_bias.to(x.dtype)
+    if d_bias is not None:
+        return d_weight, d_bias.to(x.dtype)
+    # half the time of a sum in fp32 where d_out is bf16, and rounded once as well
+    return d_weight, d_out.sum(0) if need_bias else x.new_empty(0)
 
 
 def _weight_gradients_fake(
