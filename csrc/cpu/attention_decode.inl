@@ -1,75 +1,12 @@
 // Few queries, a long cache: memory is read once, by units of (sequence, key head, kUnitRows of its
 // queries, kUnitKeys of its keys), whose partial softmaxes are merged in the order of the keys.
-// What a unit is depends on shapes alone, so results do not depend on the number of threads.
+// What a unit is depends on shapes alone, so results do not depend on the number of threads. While
+// a unit reads keys it asks for its values, and meanwhile for the keys of the next unit.
 
-constexpr int64_t kUnitKeys = 256, kUnitRows = 64;
-
-// Products of a query with 16 keys; as many at a time as there are registers for addresses and
-// sums.
-template <typename C>
-LLMOS_INLINE F query_times_keys(const float* query, const C* keys, int64_t stride, int64_t width) {
-  constexpr int at_once = kTileVectors > 1 ? 8 : 4;
-  F sums[kLanes];
-#pragma GCC unroll 4
-  for (int first = 0; first < kLanes; first += at_once) {
-    F part[at_once] = {};
-    for (int64_t j = 0; j < width; j += kLanes) {
-      const F q = load(query + j);
-#pragma GCC unroll 16
-      for (int i = 0; i < at_once; ++i) part[i] += q * load(keys + (first + i) * stride + j);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < at_once; ++i) sums[first + i] = part[i];
-  }
-  return lane_sums(sums);
-}
-
-// out[q] += sum_k weights[q][k] values[k] over n rows of values, for a few queries at once.
-template <int queries, typename C>
-LLMOS_INLINE void add_weighted_rows(int64_t n, const float* weights, int64_t weights_stride,
-                                    const C* values, int64_t stride, int64_t width, float* out,
-                                    int64_t out_stride) {
-  constexpr int vectors = 4;
-  int64_t j = 0;
-  for (; j + vectors * kLanes <= width; j += vectors * kLanes) {
-    F sums[queries][vectors];
-#pragma GCC unroll 8
-    for (int i = 0; i < queries * vectors; ++i)
-      sums[i / vectors][i % vectors] =
-          load(out + i / vectors * out_stride + j + i % vectors * kLanes);
-    for (int64_t k = 0; k < n; ++k)
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        const F row = load(values + k * stride + j + v * kLanes);
-#pragma GCC unroll 2
-        for (int q = 0; q < queries; ++q) sums[q][v] += weights[q * weights_stride + k] * row;
-      }
-#pragma GCC unroll 8
-    for (int i = 0; i < queries * vectors; ++i)
-      store(out + i / vectors * out_stride + j + i % vectors * kLanes,
-            sums[i / vectors][i % vectors]);
-  }
-  for (; j < width; j += kLanes)
-    for (int q = 0; q < queries; ++q) {
-      F sums = load(out + q * out_stride + j);
-      for (int64_t k = 0; k < n; ++k)
-        sums += weights[q * weights_stride + k] * load(values + k * stride + j);
-      store(out + q * out_stride + j, sums);
-    }
-}
+constexpr int64_t kUnitRows = 64;
 
 LLMOS_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
-}
-
-// Asks for part `index` of `count` of the 16 rows that the next step reads: all at once they would
-// stop the loads of this one.
-template <typename C>
-LLMOS_INLINE void prefetch_rows(const C* rows, int64_t stride, int64_t columns, int64_t index,
-                                int64_t count) {
-  for (int64_t i = index * kLanes / count; i < (index + 1) * kLanes / count; ++i)
-    for (int64_t j = 0; j < columns; j += 64 / sizeof(C))
-      __builtin_prefetch(rows + (kLanes + i) * stride + j);
 }
 
 // One unit; rows of a key head are its queries' heads, each with seq_q queries.
@@ -96,6 +33,11 @@ struct DecodeUnit {
   const C* rows(const void* cache, const Strides4& strides, int64_t key) const {
     return static_cast<const C*>(cache) + page(key) * strides.batch + head_kv * strides.head +
            key % call.page_size * strides.row;
+  }
+  template <typename C>
+  Ahead ahead(const void* cache, const Strides4& strides, int64_t key) const {
+    return {reinterpret_cast<const char*>(rows<C>(cache, strides, key)),
+            strides.row * int64_t(sizeof(C))};
   }
   // Of 16 keys from `key` on, `n` exist.
   F row_scales(const RowScale& scale, int64_t key, int64_t n) const {
@@ -125,29 +67,126 @@ LLMOS_INLINE F decode_scores(const DecodeUnit& unit, int64_t row, int64_t key, F
   return scores;
 }
 
-// The 16 rows from `rows` on, of which n exist, as fp32 padded with zeros to `width`.
-template <typename C>
-LLMOS_INLINE const float* widen_rows(const C* rows, int64_t stride, int64_t n, int64_t columns,
-                                     int64_t width, float* out) {
-  gather_rows(rows, stride, n, columns, 1.0f, out, width);
-  for (int64_t i = n * width; i < kLanes * width; i += kLanes) store(out + i, F{});
-  return out;
+// The 16 rows from x on, of which n exist, as operands padded with zeros to `width`.
+template <typename E, typename C>
+LLMOS_INLINE void widen_rows(const C* x, int64_t stride, int64_t n, int64_t columns, int64_t width,
+                             Ahead ahead, E* out) {
+  for (int64_t row = 0; row < n; ++row, x += stride, out += width)
+    for (int64_t i = 0; i < elements_in<E> * width; i += kLanes) {
+      store_operands(out, i, i < columns ? load(x + i, columns - i) : F{});
+      ahead.fetch(row, i * sizeof(C));
+    }
+  __builtin_memset(out, 0, (kLanes - n) * width * sizeof(E));
 }
 
-template <typename C>
-constexpr bool is_fp32 = false;
-template <>
-constexpr bool is_fp32<float> = true;
+// Calls act(queries, r) for row r and those after it that share a tile.
+template <typename Act>
+LLMOS_INLINE void for_tiles(int64_t rows, Act act) {
+  int64_t r = 0;
+  for (; r + kQueries <= rows; r += kQueries) act(std::integral_constant<int, kQueries>{}, r);
+  if (kQueries > 2 && r + 2 <= rows) {
+    act(std::integral_constant<int, 2>{}, r);
+    r += 2;
+  }
+  if (r < rows) act(std::integral_constant<int, 1>{}, r);
+}
+
+// Scores of one row from its products with keys [key_begin, key_end), then their weights as the
+// next product reads them, in their place; the row's largest score and the sum of its weights.
+template <typename E>
+LLMOS_INLINE void weigh_keys(const DecodeUnit& unit, int64_t row, int64_t key_begin,
+                             int64_t key_end, float* scores, float* result) {
+  const AttentionDecode& call = unit.call;
+  const int64_t count = key_end - key_begin;
+  F largest = splat(-__builtin_inff());
+  for (int64_t k = 0; k < count; k += kLanes) {
+    F products = load(scores + k) * call.scale;
+    if (call.key_scale.data) products *= unit.row_scales(call.key_scale, key_begin + k, count - k);
+    const F score = decode_scores(unit, row, key_begin + k, products);
+    largest = maximum(largest, score);
+    store(scores + k, score);
+  }
+  const float top = maximum(largest), base = top == -__builtin_inff() ? 0.0f : top;
+  F total = {};
+  for (int64_t k = 0; k < count; k += kLanes) {
+    F weight = exponential(load(scores + k) - base);
+    total += weight;
+    if (call.value_scale.data)
+      weight *= unit.row_scales(call.value_scale, key_begin + k, count - k);
+    store_operands(reinterpret_cast<E*>(scores), k, weight);
+  }
+  result[0] = top;
+  result[1] = sum(total);
+}
+
+// Rows of operands as they are stored: pairs of bf16 are two numbers.
+template <typename E>
+using WideOf = std::conditional_t<elements_in<E> == 2, bf16, float>;
+
+// Whether tiles of so many queries read the cache itself: more than one share its widening.
+template <typename E, typename C>
+constexpr bool reads_stored(int64_t queries) {
+  return std::is_same_v<C, WideOf<E>> || (queries == 1 && elements_in<E> == 1);
+}
+
+// Products of all rows with 16 keys, of which n exist.
+template <typename E, typename C>
+static void multiply_step(int64_t rows, int64_t n, const E* query, const C* keys, int64_t stride,
+                          int64_t columns, Ahead ahead, E* buffer, float* scores) {
+  constexpr int64_t per = elements_in<E>;
+  const int64_t width = round_up(count_of(columns, per), kLanes);
+  const bool whole = reads_stored<E, C>(rows) && per * width == columns && n == kLanes;
+  if (!whole) widen_rows(keys, stride, n, columns, width, ahead, buffer);
+  const Ahead nothing{reinterpret_cast<char*>(buffer), 0};
+  for_tiles(rows, [&](auto queries, int64_t r) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < kLanes; i += kLanes / queries) {
+      const E* of_rows = query + r * width;
+      float* products = scores + r * kUnitKeys + i;
+      if constexpr (reads_stored<E, C>(queries))
+        if (whole) {
+          multiply_keys<queries>(of_rows, width, keys + i * stride, stride, ahead.from(i, 0),
+                                 products);
+          continue;
+        }
+      multiply_keys<queries>(of_rows, width, reinterpret_cast<WideOf<E>*>(buffer + i * width),
+                             per * width, nothing, products);
+    }
+  });
+}
+
+// Adds 16 values, of which n exist, by the weights of all rows.
+template <typename E, typename C>
+static void add_weighted_step(int64_t rows, int64_t n, const E* weights, const C* values,
+                              int64_t stride, int64_t columns, Ahead ahead, E* buffer, float* out,
+                              int64_t out_stride) {
+  const int64_t width = round_up(columns, kLanes), padded = count_of(width, elements_in<E>);
+  const bool whole = reads_stored<E, C>(rows) && width == columns;
+  if (!whole) widen_rows(values, stride, n, columns, padded, ahead, buffer);
+  const Ahead nothing{reinterpret_cast<char*>(buffer), 0};
+  for_tiles(rows, [&](auto queries, int64_t r) __attribute__((always_inline)) {
+    const E* of_rows = weights + r * kUnitKeys;
+    float* sums = out + r * out_stride;
+    if constexpr (reads_stored<E, C>(queries))
+      if (whole)
+        return add_weighted_rows<queries>(n, of_rows, values, stride, width, ahead, sums,
+                                          out_stride);
+    add_weighted_rows<queries>(n, of_rows, reinterpret_cast<WideOf<E>*>(buffer),
+                               elements_in<E> * padded, width, nothing, sums, out_stride);
+  });
+}
 
 // Partial softmax over keys [key_begin, key_end): for each row the largest score, the sum of the
 // weights and, at partial + kLanes, their mixture of the values; rows are partial_stride apart.
-template <typename C>
+// T is the type of the queries, C that of the cache.
+template <typename T, typename C>
 static void decode_unit(const DecodeUnit& unit, int64_t key_begin, int64_t key_end, float* partial,
                         int64_t partial_stride) {
+  using E = typename OperandOf<T>::Type;
+  constexpr int64_t per = elements_in<E>;
   const AttentionDecode& call = unit.call;
   const int64_t head_dim = call.head_dim, head_dim_v = call.head_dim_v;
-  const int64_t width = round_up(head_dim, kLanes), width_v = round_up(head_dim_v, kLanes);
-  const int64_t rows = unit.row_end - unit.row_begin;
+  const int64_t width = round_up(count_of(head_dim, per), kLanes);
+  const int64_t width_v = round_up(head_dim_v, kLanes), rows = unit.row_end - unit.row_begin;
   int64_t first = key_end, last = key_begin;
   for (int64_t r = unit.row_begin; r < unit.row_end; ++r) {
     first = first < unit.first_key(r) ? first : unit.first_key(r);
@@ -156,82 +195,39 @@ static void decode_unit(const DecodeUnit& unit, int64_t key_begin, int64_t key_e
   key_begin = first > key_begin ? first / kLanes * kLanes : key_begin;
   key_end = last < key_end ? last : key_end;
 
-  float* query = thread_scratch().floats(rows * (width + kUnitKeys) + kLanes * (width + width_v));
-  float* scores = query + rows * width;
-  float* buffer = scores + rows * kUnitKeys;
+  float* scores = thread_scratch().floats(rows * (width + kUnitKeys) + kLanes * (width + width_v));
+  E* query = reinterpret_cast<E*>(scores + rows * kUnitKeys);
+  E* buffer = query + rows * width;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = unit.row_begin + r;
-    const int64_t offset = unit.batch * call.query_strides.batch +
-                           unit.head(row) * call.query_strides.head +
-                           row % call.seq_q * call.query_strides.row;
-    float* out = query + r * width;
-    if (call.type == DType::bf16)
-      gather_rows(static_cast<const bf16*>(call.query) + offset, 0, 1, head_dim, call.scale, out,
-                  width);
-    else
-      gather_rows(static_cast<const float*>(call.query) + offset, 0, 1, head_dim, call.scale, out,
-                  width);
+    const T* x = static_cast<const T*>(call.query) + unit.batch * call.query_strides.batch +
+                 unit.head(row) * call.query_strides.head +
+                 row % call.seq_q * call.query_strides.row;
+    gather_rows(x, 0, 1, head_dim, 1.0f, query + r * width, width);
   }
-  // one row reads narrow keys as they are; more rows share their widening
-  const bool as_stored = rows == 1 || is_fp32<C>;
   for (int64_t key = key_begin; key < key_end; key += kLanes) {
     const int64_t n = key_end - key < kLanes ? key_end - key : kLanes;
-    const int64_t stride = call.key_strides.row;
-    const C* keys = unit.rows<C>(call.keys, call.key_strides, key);
-    const F scale = call.key_scale.data ? unit.row_scales(call.key_scale, key, n) : splat(1.0f);
-    const bool whole = as_stored && width == head_dim && n == kLanes;
-    if (!whole) widen_rows(keys, stride, n, head_dim, width, buffer);
-    for (int64_t r = 0; r < rows; ++r) {
-      prefetch_rows(keys, stride, head_dim, r, rows);
-      const F products = whole ? query_times_keys(query + r * width, keys, stride, width)
-                               : query_times_keys(query + r * width, buffer, width, width);
-      store(scores + r * kUnitKeys + key - key_begin,
-            decode_scores(unit, unit.row_begin + r, key, products * scale));
-    }
+    const Ahead ahead = unit.ahead<C>(call.values, call.value_strides, key);
+    multiply_step(rows, n, query, unit.rows<C>(call.keys, call.key_strides, key),
+                  call.key_strides.row, head_dim, ahead, buffer, scores + key - key_begin);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    float *row = scores + r * kUnitKeys, *result = partial + r * partial_stride;
-    F largest = splat(-__builtin_inff());
-    for (int64_t k = 0; k < key_end - key_begin; k += kLanes)
-      largest = maximum(largest, load(row + k));
-    const float top = maximum(largest), base = top == -__builtin_inff() ? 0.0f : top;
-    F total = {};
-    for (int64_t k = 0; k < key_end - key_begin; k += kLanes) {
-      const F weight = exponential(load(row + k) - base);
-      total += weight;
-      store(row + k, weight);
-    }
-    result[0] = top;
-    result[1] = sum(total);
+    float* result = partial + r * partial_stride;
+    weigh_keys<E>(unit, unit.row_begin + r, key_begin, key_end, scores + r * kUnitKeys, result);
     for (int64_t j = 0; j < width_v; j += kLanes) store(result + kLanes + j, F{});
   }
   for (int64_t key = key_begin; key < key_end; key += kLanes) {
     const int64_t n = key_end - key < kLanes ? key_end - key : kLanes;
-    const int64_t stride = call.value_strides.row;
-    const C* values = unit.rows<C>(call.values, call.value_strides, key);
-    float* weights = scores + key - key_begin;
-    if (call.value_scale.data) {
-      const F scale = unit.row_scales(call.value_scale, key, n);
-      for (int64_t r = 0; r < rows; ++r)
-        store(weights + r * kUnitKeys, load(weights + r * kUnitKeys) * scale);
-    }
-    const bool whole = as_stored && width_v == head_dim_v;
-    if (!whole) widen_rows(values, stride, n, head_dim_v, width_v, buffer);
-    const auto add = [&](auto queries, int64_t r) {
-      prefetch_rows(values, stride, head_dim_v, r / queries, (rows + queries - 1) / queries);
-      float *mixture = partial + r * partial_stride + kLanes, *weight = weights + r * kUnitKeys;
-      whole ? add_weighted_rows<queries>(n, weight, kUnitKeys, values, stride, width_v, mixture,
-                                         partial_stride)
-            : add_weighted_rows<queries>(n, weight, kUnitKeys, buffer, width_v, width_v, mixture,
-                                         partial_stride);
-    };
-    int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) add(std::integral_constant<int, 2>{}, r);
-    if (r < rows) add(std::integral_constant<int, 1>{}, r);
+    const int64_t next = key + kUnitKeys < unit.length ? key + kUnitKeys : key;
+    add_weighted_step(rows, n, reinterpret_cast<const E*>(scores) + (key - key_begin) / per,
+                      unit.rows<C>(call.values, call.value_strides, key), call.value_strides.row,
+                      head_dim_v, unit.ahead<C>(call.keys, call.key_strides, next), buffer,
+                      partial + kLanes, partial_stride);
   }
 }
 
 // Joins the partial softmaxes of one row, which are `stride` apart, and the sink's.
+template <typename T>
 static void decode_merge(const AttentionDecode& call, int64_t batch, int64_t head, int64_t q,
                          const float* partial, int64_t count, int64_t stride) {
   float top = -__builtin_inff();
@@ -256,15 +252,11 @@ static void decode_merge(const AttentionDecode& call, int64_t batch, int64_t hea
     for (int64_t i = 0; i < count; ++i)
       if (factors[i] > 0) mixture += factors[i] * load(partial + i * stride + kLanes + j);
     mixture /= denominator;
-    const int64_t n = call.head_dim_v - j;
-    if (call.type == DType::bf16)
-      store(static_cast<bf16*>(call.out) + offset + j, mixture, n);
-    else
-      store(static_cast<float*>(call.out) + offset + j, mixture, n);
+    store(static_cast<T*>(call.out) + offset + j, mixture, call.head_dim_v - j);
   }
 }
 
-template <typename C>
+template <typename T, typename C>
 static void attention_decode_of(const AttentionDecode& call) {
   const int64_t capacity = call.page_size * call.pages_per_sequence;
   const auto length_of = [&](int64_t b) { return clamp(call.lengths[b], 0, capacity); };
@@ -275,39 +267,44 @@ static void attention_decode_of(const AttentionDecode& call) {
   const int64_t rows = call.heads_kv ? call.heads_q / call.heads_kv * call.seq_q : 0;
   const int64_t row_blocks = (rows + kUnitRows - 1) / kUnitRows;
   const int64_t heads = call.batch * call.heads_kv, units = heads * row_blocks * chunks;
+  const int64_t in_a_row = units_in_a_row(units);
   const int64_t stride = kLanes + round_up(call.head_dim_v, kLanes);
   float* partials = thread_scratch<1>().floats(heads * rows * chunks * stride);
 #pragma omp parallel if (units > 1)
   {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, in_a_row)
     for (int64_t index = 0; index < units; ++index) {
       const int64_t chunk = index % chunks, block = index / chunks % row_blocks;
       const int64_t head = index / chunks / row_blocks, batch = head / call.heads_kv;
       const int64_t row = block * kUnitRows, key = chunk * kUnitKeys, length = length_of(batch);
       const int64_t row_end = row + kUnitRows < rows ? row + kUnitRows : rows;
       const int64_t key_end = key + kUnitKeys < length ? key + kUnitKeys : length;
-      decode_unit<C>({call, batch, head % call.heads_kv, row, row_end, length}, key, key_end,
-                     partials + ((head * rows + row) * chunks + chunk) * stride, chunks * stride);
+      decode_unit<T, C>({call, batch, head % call.heads_kv, row, row_end, length}, key, key_end,
+                        partials + ((head * rows + row) * chunks + chunk) * stride,
+                        chunks * stride);
     }
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < heads * rows; ++row) {
       const int64_t batch = row / rows / call.heads_kv, head_kv = row / rows % call.heads_kv;
       const int64_t head = head_kv * (rows / call.seq_q) + row % rows / call.seq_q;
-      decode_merge(call, batch, head, row % call.seq_q, partials + row * chunks * stride, chunks,
-                   stride);
+      decode_merge<T>(call, batch, head, row % call.seq_q, partials + row * chunks * stride, chunks,
+                      stride);
     }
   }
 }
 
-static void attention_decode(const AttentionDecode& call) {
+template <typename T>
+static void attention_decode_for(const AttentionDecode& call) {
   switch (call.cache_type) {
-    case CacheType::f32:
-      return attention_decode_of<float>(call);
-    case CacheType::bf16:
-      return attention_decode_of<bf16>(call);
     case CacheType::int8:
-      return attention_decode_of<int8>(call);
+      return attention_decode_of<T, int8>(call);
     case CacheType::fp8:
-      return attention_decode_of<fp8>(call);
+      return attention_decode_of<T, fp8>(call);
+    default:  // f32 and bf16 are the type of the queries
+      return attention_decode_of<T, T>(call);
   }
+}
+
+static void attention_decode(const AttentionDecode& call) {
+  call.type == DType::bf16 ? attention_decode_for<bf16>(call) : attention_decode_for<float>(call);
 }

@@ -11,6 +11,7 @@
 #include "cpu/attention.inl"
 #include "cpu/attention_backward.inl"
 #include "cpu/narrow.inl"
+#include "cpu/decode_tile.inl"
 #include "cpu/attention_decode.inl"
 #include "cpu/cache_write.inl"
 #include "cpu/linear_rows.inl"

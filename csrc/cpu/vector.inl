@@ -28,10 +28,18 @@ LLMOS_INLINE F load(const float* p) {
   return x;
 }
 
+#if defined(LLMOS_AVX512)  // gcc 12 converts each half by itself: 5 instructions for 1
+LLMOS_INLINE U widen(H x) { return (U)_mm512_cvtepu16_epi32((__m256i)x); }
+LLMOS_INLINE H narrow(U x) { return (H)_mm512_cvtepi32_epi16((__m512i)x); }
+#else
+LLMOS_INLINE U widen(H x) { return __builtin_convertvector(x, U); }
+LLMOS_INLINE H narrow(U x) { return __builtin_convertvector(x, H); }
+#endif
+
 LLMOS_INLINE F load(const bf16* p) {
   H x;
   __builtin_memcpy(&x, p, sizeof x);
-  return as_float(__builtin_convertvector(x, U) << 16);
+  return as_float(widen(x) << 16);
 }
 
 LLMOS_INLINE void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
@@ -41,7 +49,7 @@ LLMOS_INLINE H round_bf16(F x) {
   U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   // rounding would carry some NaN over to zero
   rounded = (x != x) ? (U{} + 0x7fc0u) : rounded;
-  return __builtin_convertvector(rounded, H);
+  return narrow(rounded);
 }
 
 LLMOS_INLINE void store(bf16* p, F x) {
