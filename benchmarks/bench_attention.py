@@ -25,6 +25,8 @@ from .marks import lenient, needs_gpu
 
 SHAPES = [  # batch, heads, seq, head_dim, causal
     (2, 4, 32, 32, True),
+    (4, 12, 128, 64, True),
+    (4, 12, 128, 128, True),
     (4, 12, 256, 64, True),
     (4, 12, 512, 64, False),
     (1, 12, 1024, 64, False),

@@ -68,7 +68,7 @@ CASES = [
 CPU_CASES = [
     *(Case(batch, length, heads, kv, 64) for batch in (1, 8) for length, heads, kv in
       ((256, 12, 12), (1024, 12, 12), (256, 32, 4))),
-    Case(1, 2048),
+    *(Case(batch, 2048, head_dim=head_dim) for batch in (1, 8) for head_dim in (64, 128)),
     Case(1, 2048, heads_kv=32),
     Case(8, 4096),
 ]  # fmt: skip

@@ -71,7 +71,7 @@ template <typename T>
 static void attention_backward_head(const AttentionBackward& call, const Head<T>& lead,
                                     const Head<T>& next) {
   using E = typename OperandOf<T>::Type;
-  constexpr int64_t per = elements_in<E>, kBlockQ = 8 * kStrip;
+  constexpr int64_t per = elements_in<E>, kBlockQ = 22 * kStrip;
   const Sequence& sequence = lead.sequence;
   const int64_t head_dim = call.head_dim, head_dim_v = call.head_dim_v, seq_k = sequence.length_k;
   const int64_t width = round_up(head_dim, kPanel), width_v = round_up(head_dim_v, kPanel);

@@ -184,6 +184,14 @@ def test_every_instruction_set(cpu_set):
     check(*make_call((3, 4, 4, 1, 97, 64, 80), {}, torch.bfloat16), "native")
 
 
+@pytest.mark.parametrize("group", [1, 2, 3, 7])
+@pytest.mark.parametrize("feature", ["plain", "int8"])
+def test_every_border_of_a_tile(cpu_set, feature, group, dtype):
+    """Tiles of 4, 2 and 1 queries, of 4 and 1 vectors of values, and an odd number of keys."""
+    call = make_call((2, 2 * group, 2, 1, 41, 96, 80), FEATURES[feature], dtype, [41, 18])
+    check(*call, "native")
+
+
 def test_any_number_of_threads_gives_the_same_bits():
     tensors, options = make_call((2, 6, 2, 3, 700, 64, 64), {}, torch.float32)
     threads = torch.get_num_threads()
