@@ -23,12 +23,12 @@ CXX_FLAGS += " -fno-math-errno -fno-trapping-math"  # or the compiler keeps scal
 # gcc 12's own intrinsics headers trip over it (gcc bug 105593)
 CXX_FLAGS += " -Wno-maybe-uninitialized " + os.environ.get("CXXFLAGS", "")
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -cudart=static"
-# nvcc 13 knows all three; the last also embeds PTX, which newer GPUs compile when they load it.
-DEFAULT_CUDA_ARCHITECTURES = "8.0 9.0a+PTX"
+# PTX is what newer GPUs compile when they load it; that of 9.0a would serve Hopper alone.
+DEFAULT_CUDA_ARCHITECTURES = "8.0+PTX 9.0a"
 
 
 def cuda_architecture_flags() -> str:
-    """-gencode flags from TORCH_CUDA_ARCH_LIST ('8.0;9.0a+PTX' or with spaces)."""
+    """-gencode flags from TORCH_CUDA_ARCH_LIST ('8.0+PTX;9.0a' or with spaces)."""
     flags = []
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
     for architecture in architectures.replace(";", " ").split():

@@ -7,6 +7,9 @@ same calls from Python), as other engines prepare a graph. A table of all ends t
 
     pip install -e ".[bench,peers]"
     OMP_PROC_BIND=close OMP_PLACES=threads pytest benchmarks/ --benchmark-only -k quant
+
+On a GPU (``-k quant_matmul_gpu``): bf16 activations beside cuBLAS with the bf16 weight and torch's
+own kernels; weights come from memory, as the L2 cache is overwritten before each call.
 """
 
 import pytest
@@ -15,8 +18,10 @@ import torch.nn.functional as F
 
 from llmos_fast import ops, quantize, reference
 from llmos_fast.quantize import rounds_activations
-from llmos_fast.testing import assert_close_to_truth, random
+from llmos_fast.testing import assert_close_to_truth, assert_within_budget, random
 
+from . import quant_gpu_peers
+from .marks import lenient, needs_gpu
 from .quant_peers import Engines
 
 ROWS = [1, 4, 16, 64, 512]
@@ -96,4 +101,47 @@ def bench_quant_matmul(benchmark, compare, smoke, prepared, case, rows):
             for name, run in runs.items()
         },
         left_out=engines.left_out,
+    )
+
+
+GPU_ROWS = [1, 4, 16, 32, 64, 256]
+GPU_SHAPES = [(4096, 4096), (8192, 8192), (16384, 8192), (4096, 28672)]  # in, out
+GPU_SCHEMES = [("int4_a16", 128), ("int4_a16", 32), ("int4_asym_a16", 128), ("nf4", 64)]
+GPU_SCHEMES += [("int8_a16", 128)]
+
+
+@needs_gpu
+@lenient
+@pytest.mark.parametrize("rows", GPU_ROWS)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+@pytest.mark.parametrize(("scheme", "group"), GPU_SCHEMES)
+@torch.no_grad()
+def bench_quant_matmul_gpu(compare, smoke, scheme, group, shape, rows):
+    if smoke and (shape, rows) != (GPU_SHAPES[0], 16):
+        pytest.skip("not in a smoke run")
+    features, out_features = shape
+    weight = random(out_features, features, scale=0.02).to("cuda", torch.bfloat16)
+    quantized = quantize(weight, scheme, group)
+    x = random(rows, features, dtype=torch.bfloat16).to("cuda")
+
+    def check():
+        assert_within_budget(
+            ops.quant_matmul,
+            reference.quant_matmul,
+            {"x": x[:16]},
+            {"qweight": quantized},
+            impl="native",
+            reduction=features,
+        )
+
+    peers = quant_gpu_peers.prepared(scheme, weight, group)
+    compare(
+        lambda: ops.quant_matmul(x, quantized, impl="native"),
+        {name: lambda f=f: f(x) for name, f in peers.items()},
+        check=check,
+        flops=2 * rows * features * out_features,
+        bytes=quantized.nbytes,
+        dtype=torch.bfloat16,
+        rounds=50,
+        device="cuda",
     )

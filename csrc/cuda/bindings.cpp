@@ -4,8 +4,10 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cuda/dequantize.h"
+#include "cuda/quant_matmul.h"
 
 namespace llmos {
 
@@ -15,8 +17,17 @@ FloatType float_type(const std::string& name) {
   if (name == "float32") return FloatType::kFp32;
   if (name == "bfloat16") return FloatType::kBf16;
   if (name == "float16") return FloatType::kFp16;
-  throw std::invalid_argument("dequantize: dtype must be float32, bfloat16 or float16, got " +
+  throw std::invalid_argument("CUDA kernels: dtype must be float32, bfloat16 or float16, got " +
                               name);
+}
+
+// A Python exception that says which kernel met it, and with what.
+void check(int error, const std::string& what) {
+  if (error != 0) throw std::runtime_error("CUDA kernel " + what + ": " + cuda_error_name(error));
+}
+
+std::string shape_of(const WeightShape& weight) {
+  return "a (" + std::to_string(weight.n) + ", " + std::to_string(weight.k) + ") weight";
 }
 
 void dequantize(Address packed, Address scales, Address zeros, Address out, int64_t n, int64_t k,
@@ -25,9 +36,45 @@ void dequantize(Address packed, Address scales, Address zeros, Address out, int6
   const int error = cuda_dequantize(shape, pointer<const uint8_t>(packed),
                                     pointer<const float>(scales), pointer<const uint8_t>(zeros),
                                     float_type(dtype), pointer<void>(out), pointer<void>(stream));
-  if (error != 0)
-    throw std::runtime_error("CUDA kernel dequantize of a (" + std::to_string(n) + ", " +
-                             std::to_string(k) + ") weight: " + cuda_error_name(error));
+  check(error, "dequantize of " + shape_of(shape));
+}
+
+// (tiles, splits, floats of partial results)
+std::tuple<uint32_t, uint32_t, int64_t> quant_matmul_plan(int64_t m, int64_t n, int64_t k,
+                                                          int64_t group_size, int format,
+                                                          const std::string& dtype) {
+  const WeightShape weight{n, k, group_size, static_cast<WeightFormat>(format)};
+  QuantMatmulPlan plan;
+  check(plan_quant_matmul(weight, m, float_type(dtype), &plan),
+        "quant_matmul, readied for " + std::to_string(m) + " rows and " + shape_of(weight));
+  return {plan.tiles, plan.splits, plan.partial_floats};
+}
+
+void quant_matmul(Address x, int64_t x_stride, Address packed, Address scales, Address zeros,
+                  Address bias, bool bias_is_fp32, Address residual, Address out, int64_t m,
+                  int64_t n, int64_t k, int64_t group_size, int format, int activation, bool gated,
+                  const std::string& dtype, uint32_t splits, Address partials, Address counters,
+                  Address stream) {
+  const WeightShape weight{n, k, group_size, static_cast<WeightFormat>(format)};
+  const CudaQuantMatmul call{pointer<const uint16_t>(x),
+                             x_stride,
+                             pointer<const uint8_t>(packed),
+                             pointer<const void>(scales),
+                             pointer<const uint8_t>(zeros),
+                             pointer<const void>(bias),
+                             bias_is_fp32,
+                             pointer<const uint16_t>(residual),
+                             pointer<uint16_t>(out),
+                             m,
+                             weight,
+                             activation >= 0,
+                             static_cast<Activation>(activation),
+                             gated,
+                             splits,
+                             pointer<float>(partials),
+                             pointer<uint32_t>(counters)};
+  check(cuda_quant_matmul(call, float_type(dtype), pointer<void>(stream)),
+        "quant_matmul of " + std::to_string(m) + " rows and " + shape_of(weight));
 }
 
 }  // namespace
@@ -37,4 +84,6 @@ void dequantize(Address packed, Address scales, Address zeros, Address out, int6
 PYBIND11_MODULE(_CUDA, module) {
   module.doc() = "CUDA kernels of llmos_fast; called by llmos_fast.native only";
   module.def("dequantize", &llmos::dequantize, llmos::ReleaseGil());
+  module.def("quant_matmul_plan", &llmos::quant_matmul_plan, llmos::ReleaseGil());
+  module.def("quant_matmul", &llmos::quant_matmul, llmos::ReleaseGil());
 }

@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "cuda/float_type.h"
 #include "quant_formats.h"
 
 namespace llmos {
-
-enum class FloatType : int { kFp32 = 0, kBf16 = 1, kFp16 = 2 };
 
 // out (n, k) = scale * level, computed in fp32 and rounded once. Pointers are of the device and
 // as csrc/cpu/quant_matmul.h says; zeros may be null but for kInt4Asym. Launches on `stream`

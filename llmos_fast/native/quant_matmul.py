@@ -1,4 +1,4 @@
-"""quant_matmul on csrc: C++ SIMD on CPUs; on GPUs a dequantizing kernel and torch's own matmul."""
+"""quant_matmul on csrc: C++ SIMD on CPUs, and CUDA kernels (quant_matmul_cuda.py) on GPUs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import llmos_fast._C as _C
 from llmos_fast.library import (
@@ -16,16 +15,13 @@ from llmos_fast.library import (
     refusal_of_transforms,
     register,
 )
+from llmos_fast.native import quant_matmul_cuda as cuda
+from llmos_fast.native import quant_matmul_self_test as self_test
 from llmos_fast.native.common import FORMAT_CODES, address, dtype_code
 from llmos_fast.quantize import SCHEMES, QuantizedWeight, format_of, rounds_activations
+from llmos_fast.reference import quant_matmul as definition
 from llmos_fast.reference.quant_matmul import finish
 
-try:
-    import llmos_fast._CUDA as _CUDA
-except ImportError:
-    _CUDA = None
-
-_ACTIVATIONS = {"": -1, "relu": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 # 127 * 128 * 131072 is the largest sum of products that int32 holds
 _MAX_INTEGER_K = 131072
 
@@ -47,19 +43,12 @@ def _dequantize(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    # the tensors are named until the kernel returns: an address alone keeps none of them alive
-    code = FORMAT_CODES[scheme]
-    out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
-    shape = (rows, columns, group_size, code)
     if packed.is_cuda:
-        assert _CUDA is not None
-        # the CUDA kernel reads fp32 scales
-        parts = (packed.contiguous(), scales.float().contiguous(), _contiguous(zero_points))
-        addresses = [address(part) for part in parts]
-        with torch.cuda.device(packed.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            _CUDA.dequantize(*addresses, out.data_ptr(), *shape, str(dtype)[6:], stream)
-        return out
+        rest = (scheme, group_size, rows, columns, dtype)
+        return cuda.dequantize(packed, scales, zero_points, *rest)
+    # the tensors are named until the kernel returns: an address alone keeps none of them alive
+    out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
+    shape = (rows, columns, group_size, FORMAT_CODES[scheme])
     parts = (packed.contiguous(), scales.contiguous(), _contiguous(zero_points))
     addresses = [address(part) for part in parts]
     target = out if dtype in (torch.bfloat16, torch.float32) else out.float()
@@ -103,13 +92,17 @@ def _quant_matmul(
     activation: str,
     gated: bool,
 ) -> Tensor:
-    if x.is_cuda:
-        shape = (n, x.shape[-1])
-        weight = _dequantize(packed, scales, zero_points, scheme, group_size, *shape, x.dtype)
-        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        return finish(y, activation or None, gated, residual)
-    packed, scales, zero_points = packed.contiguous(), scales.contiguous(), _contiguous(zero_points)
     rest = (scheme, group_size, n, activation, gated)
+    if x.is_cuda:
+        # unsupported() has asked, but not where torch.compile traced it with fake tensors
+        if self_test.refusal(x.device, scheme, x.dtype) is None:
+            return cuda.product(x, packed, scales, zero_points, bias, residual, *rest)
+        shape = (n, x.shape[-1])
+        weight = QuantizedWeight(packed, scales, zero_points, scheme, group_size, shape)
+        return definition.quant_matmul(
+            x, weight, bias, activation=activation or None, gated=gated, residual=residual
+        )
+    packed, scales, zero_points = packed.contiguous(), scales.contiguous(), _contiguous(zero_points)
     return _on_cpu(x, packed, scales, zero_points, bias, residual, *rest)
 
 
@@ -154,7 +147,7 @@ def _on_cpu(
             k,
             group_size,
             code,
-            _ACTIVATIONS[activation],
+            cuda.ACTIVATION_CODES[activation],
             integer,
             x.dtype == torch.bfloat16,
             gated,
@@ -235,11 +228,11 @@ def unsupported(
         return None
     if x.device.type != "cuda":
         return f"needs a CPU or CUDA tensor, got {x.device.type}"
-    if _CUDA is None:
+    if not cuda.is_built():
         return "needs the CUDA extension, which was not built (no nvcc at install time)"
     if integer or format_of(qweight.scheme) == "fp8":
         return f"takes int8, int4, int4_asym and nf4 with _a16 on CUDA, got {qweight.scheme}"
-    return None
+    return self_test.refusal(x.device, qweight.scheme, x.dtype)
 
 
 def forward(

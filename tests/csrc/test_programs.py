@@ -1,4 +1,4 @@
-"""The C++ test program: with sanitizers on this machine, and for ARM under an emulator."""
+"""The C++ test programs: with sanitizers on this machine, and for ARM under an emulator."""
 
 import os
 import shutil
@@ -75,4 +75,17 @@ def arm_program(tmp_path_factory):
 def test_on_arm(arm_program, cpu, sets):
     output = output_of(["qemu-aarch64", "-cpu", cpu, arm_program])
     assert output.startswith(f"sets: {sets}\n")
+    assert ", 0 failed" in output
+
+
+def test_cuda_kernels_on_a_simulated_gpu(tmp_path):
+    """The kernels' own source, with the instructions of tests/csrc/simt."""
+    folder, program = Path(__file__).parent, str(tmp_path / "program")
+    source = folder / "test_cuda_quant_matmul.cpp"
+    includes = [f"-I{path}" for path in (folder / "simt", folder, ROOT / "csrc")]
+    compiler = need(os.environ.get("CXX", "g++"))
+    flags = f"{FLAGS} -Wno-unknown-pragmas -O1 -g1 {SANITIZERS}".split()
+    output_of([compiler, *flags, *includes, str(source), "-o", program])
+    # it does not follow the stacks of fibers, and warns about them
+    output = output_of([program], ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0")
     assert ", 0 failed" in output

@@ -1,0 +1,69 @@
+"""Other products with quantized weights on a GPU, for bench_quant_matmul_gpu.
+
+A peer is a function ``prepare(weight, group)`` of a bf16 weight (N, K) on the GPU, which returns a
+function of bf16 x (M, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .quant_peers import round_int8
+
+Product = Callable[[Tensor], Tensor]
+
+
+def cublas_bf16(weight: Tensor, group: int) -> Product:
+    return lambda x: F.linear(x, weight)
+
+
+def torch_int4(weight: Tensor, group: int) -> Product:
+    """Asymmetric rounding of each group; the kernel reads code 8 as the group's middle value."""
+    grouped = weight.float().unflatten(1, (-1, group))
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    scales = (high - low) / 15
+    codes = ((grouped - low) / scales).round().flatten(1).to(torch.uint8)
+    packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
+    middles = torch.cat((scales, low + 8 * scales), dim=-1).transpose(0, 1).contiguous().bfloat16()
+    product = torch.ops.aten._weight_int4pack_mm
+    return lambda x: product(x, packed, group, middles)
+
+
+def torch_int8(weight: Tensor, group: int) -> Product:
+    codes, scales = round_int8(weight.float())
+    narrow = scales[:, 0].bfloat16()
+    return lambda x: torch.ops.aten._weight_int8pack_mm(x, codes, narrow)
+
+
+def bnb_nf4(weight: Tensor, group: int) -> Product:
+    import bitsandbytes as bnb
+
+    packed, state = bnb.functional.quantize_4bit(weight, blocksize=group, quant_type="nf4")
+    return lambda x: bnb.matmul_4bit(x, packed.t(), quant_state=state)
+
+
+PEERS: dict[str, dict[str, Callable[[Tensor, int], Product]]] = {
+    "int8_a16": {"cublas_bf16": cublas_bf16, "torch_int8": torch_int8},
+    "int4_a16": {"cublas_bf16": cublas_bf16, "torch_int4": torch_int4},
+    "int4_asym_a16": {"cublas_bf16": cublas_bf16, "torch_int4": torch_int4},
+    "nf4": {"cublas_bf16": cublas_bf16, "bnb_nf4": bnb_nf4},
+}
+
+
+def prepared(scheme: str, weight: Tensor, group: int) -> dict[str, Product]:
+    """The scheme's peers; one that cannot be prepared says why when it is called."""
+    products: dict[str, Product] = {}
+    for name, prepare in PEERS[scheme].items():
+        try:
+            products[name] = prepare(weight, group)
+        except Exception as error:  # not installed, or not for this GPU
+
+            def refuse(x: Tensor, error: Exception = error) -> Tensor:
+                raise error
+
+            products[name] = refuse
+    return products

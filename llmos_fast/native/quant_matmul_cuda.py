@@ -1,0 +1,169 @@
+"""quant_matmul on csrc/cuda: up to 64 rows by a kernel of its own, more as a dense weight."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmos_fast.native.common import FORMAT_CODES, address
+from llmos_fast.reference.quant_matmul import finish
+
+try:
+    import llmos_fast._CUDA as _CUDA
+except ImportError:
+    _CUDA = None
+
+# kMaxRows of csrc/cuda/quant_matmul.h
+MAX_ROWS = 64
+ACTIVATION_CODES = {"": -1, "relu": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def is_built() -> bool:
+    """Whether there is a CUDA extension."""
+    return _CUDA is not None
+
+
+def dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    scheme: str,
+    group_size: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight (rows, columns) in ``dtype``: fp32, bf16 or fp16."""
+    # the tensors are named until the kernel returns: an address alone keeps none of them alive
+    out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
+    # the kernel reads fp32 scales
+    parts = (packed.contiguous(), scales.float().contiguous(), _contiguous(zero_points))
+    addresses = [address(part) for part in parts]
+    shape = (rows, columns, group_size, FORMAT_CODES[scheme])
+    with torch.cuda.device(packed.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        _CUDA.dequantize(*addresses, out.data_ptr(), *shape, str(dtype)[6:], stream)
+    return out
+
+
+def product(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scheme: str,
+    group_size: int,
+    n: int,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """The contract of ``ops.quant_matmul`` for weights of "_a16" schemes that lie in panels."""
+    k = x.shape[-1]
+    rows = x.numel() // k
+    if x.dtype.itemsize == 2 and 0 < rows <= MAX_ROWS:
+        rest = (scheme, group_size, n, activation, gated)
+        return _few_rows(x, packed, scales, zero_points, bias, residual, *rest)
+    weight = dequantize(packed, scales, zero_points, scheme, group_size, n, k, x.dtype)
+    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return finish(y, activation or None, gated, residual)
+
+
+def _few_rows(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scheme: str,
+    group_size: int,
+    n: int,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    k = x.shape[-1]
+    rows = aligned_rows(x)
+    # named until the launch, as above
+    packed, scales = _aligned(packed), _aligned(scales)
+    zero_points = None if zero_points is None else _aligned(zero_points)
+    bias, residual = _contiguous(bias), _contiguous(residual)
+    out = x.new_empty((*x.shape[:-1], n // 2 if gated else n))
+    shape = (rows.shape[0], n, k, group_size, FORMAT_CODES[scheme])
+    dtype = str(x.dtype)[6:]
+    with torch.cuda.device(x.device):
+        tiles, splits, partial_floats = _plan(x.device, *shape, dtype)
+        partials = counters = None
+        if splits > 1:
+            partials = torch.empty(partial_floats, dtype=torch.float32, device=x.device)
+            counters = _zero_counters(tiles, x.device)
+        _CUDA.quant_matmul(
+            rows.data_ptr(),
+            rows.stride(0),
+            address(packed),
+            address(scales),
+            address(zero_points),
+            address(bias),
+            bias is not None and bias.dtype == torch.float32,
+            address(residual),
+            out.data_ptr(),
+            *shape,
+            ACTIVATION_CODES[activation],
+            gated,
+            dtype,
+            splits,
+            address(partials),
+            address(counters),
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return out
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """Rows of x as 16-byte copies need them: they begin at 16 bytes, zeros fill up 8 elements."""
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    fits = k % 8 == 0 and rows.stride(1) == 1 and rows.data_ptr() % 16 == 0
+    if fits and (rows.stride(0) % 8 == 0 or rows.shape[0] == 1):
+        return rows
+    filled = rows.new_zeros((rows.shape[0], -(-k // 8) * 8))
+    filled[:, :k] = rows
+    return filled
+
+
+@lru_cache(maxsize=4096)
+def _plan(device: torch.device, *call: int | str) -> tuple[int, int, int]:
+    """(tiles, parts of each, floats of their results), for ``device``, which is current."""
+    plan: tuple[int, int, int] = _CUDA.quant_matmul_plan(*call)
+    return plan
+
+
+def _zero_counters(count: int, device: torch.device) -> Tensor:
+    """Int32[>= count] of zeros, which a launch leaves as it found them.
+
+    Launches on two streams must not share them. A CUDA graph may be replayed on any stream: it gets
+    counters of its own, zeroed in the graph.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    counters = _counters.get(key)
+    if counters is None or counters.numel() < count:
+        counters = _counters[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return counters
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and at 16 bytes, as all that torch allocates."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -1,0 +1,126 @@
+"""Whether this GPU computes what quant_matmul's CUDA kernels say, asked before their first use.
+
+Integers and powers of two have one right product, however it is summed: the kernels have to give
+exactly what plain torch gives in float64 from the weight's definition, for each of them, off every
+tile, with and without parts of k, again and again. A process asks once for each GPU, format and
+dtype, which takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from llmos_fast.formats import FOUR_BIT
+from llmos_fast.native import quant_matmul_cuda as cuda
+from llmos_fast.quantize import GROUP_SIZES, QuantizedWeight, format_of, from_codes
+from llmos_fast.reference.quant_matmul import finish
+
+# n, k and whether pairs are gated: many parts of k, and one; off every tile
+SIZES = ((2064, 4104, False), (2080, 4104, True), (300, 40, False))
+ROWS = (1, 13, 27, 64)  # of x: one for each kernel
+ROUNDS = 10
+
+Product = Callable[..., Tensor]
+
+_lock = threading.Lock()
+_verdicts: dict[tuple[torch.device, str, torch.dtype], str | None] = {}
+
+
+def refusal(device: torch.device, scheme: str, dtype: torch.dtype) -> str | None:
+    """Why the kernels must not be used for ``dtype``; None where they passed.
+
+    While tensors are fake nothing can be tested: the operator asks again when it runs. A CUDA graph
+    that is captured before the test gets the reference.
+    """
+    name = format_of(scheme)
+    key = device, name, dtype
+    if key not in _verdicts:
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return None
+        if torch.cuda.is_current_stream_capturing():
+            return "needs a first call outside of a CUDA graph, for its self-test"
+        with _lock:
+            if key not in _verdicts:
+                try:
+                    _verdicts[key] = _verdict(device, name, dtype)
+                except torch.OutOfMemoryError:
+                    return "needs more free memory on the GPU for its self-test"
+    return _verdicts[key]
+
+
+# what is traced above is a constant; as in kernels/self_test.py
+refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _verdict(device: torch.device, name: str, dtype: torch.dtype) -> str | None:
+    try:
+        if passes(cuda.product, cuda.dequantize, device, f"{name}_a16", dtype):
+            return None
+        failure = "gives results that are not exact"
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        failure = str(error)
+    gpu = torch.cuda.get_device_name(device)
+    reason = f"fails its self-test for {name} and {dtype} on the {gpu}: {failure}"
+    warnings.warn(f"llmos_fast: quant_matmul in CUDA {reason}; it is not used", stacklevel=2)
+    return reason
+
+
+def passes(
+    product: Product, dequantize: Product, device: torch.device, scheme: str, dtype: torch.dtype
+) -> bool:
+    """Whether both functions, of the signatures in quant_matmul_cuda.py, give exact results."""
+    wrong = torch.zeros((), dtype=torch.bool, device=device)
+    random = torch.Generator(device).manual_seed(0)
+    for (n, k, gated), group_size in itertools.product(SIZES, GROUP_SIZES):
+        weight = _weight(random, n, k, scheme, group_size)
+        parts, group_size = (weight.packed, weight.scales, weight.zero_points), weight.group_size
+        dense = weight.dequantize(dtype)
+        wrong |= (dequantize(*parts, scheme, group_size, n, k, dtype) != dense).any()
+        # fp32 goes to cuBLAS, which may sum in tf32
+        for rows in ROWS if dtype.itemsize == 2 else ():
+            x, bias, residual = _inputs(random, rows, n, k, gated, dtype)
+            y = x.double() @ dense.double().T + bias.double()
+            expected = finish(y, "relu" if gated else None, gated, residual).to(dtype)
+            rest = (bias, residual, scheme, group_size, n, "relu" if gated else "", gated)
+            for _ in range(ROUNDS):
+                wrong |= (product(x, *parts, *rest) != expected).any()
+    return not bool(wrong)
+
+
+def _integers(random: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
+    return torch.randint(low, high + 1, shape, generator=random, device=random.device)
+
+
+def _weight(
+    random: torch.Generator, n: int, k: int, scheme: str, group_size: int
+) -> QuantizedWeight:
+    """Random codes; scales are powers of two, so that scale times level is not rounded."""
+    name = format_of(scheme)
+    groups = -(-k // group_size) if name in FOUR_BIT else 1
+    codes = _integers(random, 0, 15 if name in FOUR_BIT else 255, n, k).to(torch.uint8)
+    signs = 2 * _integers(random, 0, 1, n, groups) - 1
+    zeros = _integers(random, 0, 15, n, groups) if name == "int4_asym" else None
+    scales = signs * 2.0 ** _integers(random, -8, -6, n, groups)
+    return from_codes(codes, scales, zeros, scheme, group_size)
+
+
+def _inputs(
+    random: torch.Generator, rows: int, n: int, k: int, gated: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, bias and residual: few and small numbers, so that no sum needs more than fp32's 24 bits.
+
+    A gate's product with its partner is rounded to fp32: nothing may be added to it.
+    """
+    signs = _integers(random, -1, 1, rows, k)
+    x = (signs * (_integers(random, 0, 7, rows, k) == 0)).to(dtype)
+    bias = (_integers(random, -4, 4, n) / 64).to(dtype)
+    return x, bias, None if gated else (_integers(random, -4, 4, rows, n) / 64).to(dtype)

@@ -1,0 +1,124 @@
+"""What nvcc made of the CUDA kernels: no warnings, no spills, and the instructions that are meant.
+
+Looks into the extension that is installed, whatever architectures it was built for.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FORMATS = {"int8": 0, "int4": 1, "int4_asym": 2, "nf4": 3}
+TYPES = {"bf16": 1, "fp16": 2}
+X_TILES = (1, 2, 4, 8)
+OPERATION = re.compile(r"\*/\s+(?:@\S+\s+)?(\w[\w.]*)")
+NAME = re.compile(r"quant_matmul_kernel\w*?WeightFormatE(\d)ELN\w*?FloatTypeE(\d)ELj(\d)E")
+KERNELS = {(f, t, x) for f in FORMATS.values() for t in TYPES.values() for x in X_TILES}
+REGISTERS, THREADS = 65536, 256
+
+
+def tool(name):
+    """A program of the CUDA toolkit, or of Triton's package, which has some of them."""
+    spec = importlib.util.find_spec("triton")
+    folders = [os.environ["PATH"], "/usr/local/cuda/bin"]
+    folders += [f"{folder}/backends/nvidia/bin" for folder in spec.submodule_search_locations]
+    path = shutil.which(name, path=os.pathsep.join(folders))
+    return path or pytest.skip(f"NOT TESTED: {name} is not installed")
+
+
+@pytest.fixture(scope="module")
+def extension():
+    spec = importlib.util.find_spec("llmos_fast._CUDA")
+    if spec is None:
+        pytest.skip("NOT TESTED: the CUDA extension was not built")
+    return spec.origin
+
+
+def cuobjdump(option, extension):
+    """Its output by architecture: {"sm_80": lines, ...}."""
+    folder = os.path.dirname(tool("nvdisasm"))  # which it calls
+    environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    command = [tool("cuobjdump"), option, extension]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    by_architecture, lines = {}, []
+    for line in result.stdout.splitlines():
+        if (found := re.match(r"arch = (sm_\w+)", line)) is not None:
+            lines = by_architecture.setdefault(found[1], [])
+        lines.append(line)
+    return by_architecture
+
+
+def kernel_of(line):
+    """(format, type, tiles of x) where ``line`` begins a kernel of quant_matmul."""
+    found = NAME.search(line)
+    return None if found is None else tuple(int(number) for number in found.groups())
+
+
+def architectures(found):
+    """Those of the kernels; the linker adds an empty one of its own."""
+    return {name: lines for name, lines in found.items() if any(map(NAME.search, lines))}
+
+
+def test_no_kernel_spills_and_registers_suffice(extension):
+    found = architectures(cuobjdump("-res-usage", extension))
+    assert found
+    for architecture, lines in found.items():
+        usage = {}
+        for name, numbers in pairwise(lines):
+            if (kernel := kernel_of(name)) is not None:
+                usage[kernel] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", numbers)}
+        assert set(usage) == KERNELS, architecture
+        for kernel, numbers in usage.items():
+            # two blocks on an SM for up to 16 rows: kBlocks of quant_matmul_kernel.cuh
+            blocks, where = 2 if kernel[2] <= 2 else 1, (architecture, kernel)
+            assert numbers["STACK"] == numbers["LOCAL"] == 0, where
+            assert numbers["REG"] <= min(255, REGISTERS // THREADS // blocks), where
+
+
+def test_the_instructions_that_are_meant(extension):
+    found = architectures(cuobjdump("-sass", extension))
+    assert found
+    for architecture, lines in found.items():
+        counts, kernel = {}, None
+        for line in lines:
+            if "Function :" in line:
+                kernel = kernel_of(line)
+            elif kernel is not None and (operation := OPERATION.search(line)):
+                counts.setdefault(kernel, Counter())[operation[1]] += 1
+        assert set(counts) == KERNELS, architecture
+        for (weights, dtype, tiles), count in counts.items():
+            where = (architecture, weights, dtype, tiles)
+            product = "HMMA.16816.F32.BF16" if dtype == TYPES["bf16"] else "HMMA.16816.F32"
+            # 4 steps of a stage; two products of 16 rows by two halves of a step's k
+            assert count[product] == 4 * 4 * tiles, where
+            copies = sum(n for name, n in count.items() if name.startswith("LDGSTS."))
+            wide = sum(n for name, n in count.items() if re.match(r"LDGSTS\.\S*\b128", name))
+            loads = 8 if weights == FORMATS["int8"] else 4
+            assert copies == wide >= loads, where
+            # a lane's weights and its x: one load of 16 bytes each
+            assert count["LDS.128"] >= loads + 4 * tiles, where
+            assert not any(name.startswith(("LDL", "STL")) for name in count), where
+
+
+def test_no_warnings(tmp_path):
+    """Of nvcc's front end and of the host's compiler; ptxas has none that the gate above lacks."""
+    nvcc = tool("nvcc")
+    flags = "-std=c++17 --ptx -arch=compute_80 --Werror all-warnings -Xcompiler=-Wall,-Werror"
+
+    def compiled(source):
+        command = [nvcc, *flags.split(), f"-I{ROOT / 'csrc'}", str(source)]
+        command += ["-o", str(tmp_path / f"{source.name}.ptx")]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for source, result in zip(sources, pool.map(compiled, sources), strict=True):
+            assert result.returncode == 0, f"{source.name}: {result.stderr[-3000:]}"

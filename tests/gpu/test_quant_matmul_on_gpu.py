@@ -1,0 +1,144 @@
+"""What only a GPU can show of quant_matmul's CUDA kernels: formats, sizes, graphs, repetition."""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU: not run", allow_module_level=True)
+
+from llmos_fast import dispatch, ops, reference
+from llmos_fast.native import quant_matmul_cuda as cuda
+from llmos_fast.native import quant_matmul_self_test as self_test
+from llmos_fast.ops.quant_matmul import ACTIVATIONS
+from llmos_fast.quantize import interleave, quantize
+from llmos_fast.testing import assert_within_budget, random
+
+if not cuda.is_built():
+    pytest.skip("the CUDA extension was not built: not run", allow_module_level=True)
+
+DEVICE = torch.device("cuda", torch.cuda.current_device())
+SCHEMES = ["int8_a16", "int4_a16", "int4_asym_a16", "nf4"]
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def weight_of(n, k, scheme, group_size=128):
+    return quantize(random(n, k, scale=k**-0.5), scheme, group_size).to(DEVICE)
+
+
+def check(weight, m, dtype, residual=False, **options):
+    n, k = weight.shape
+    columns = n // 2 if options.get("gated") else n
+    tensors = {"x": random(m, k, dtype=dtype), "bias": random(n, dtype=dtype)}
+    tensors |= {"residual": random(m, columns, dtype=dtype)} if residual else {}
+    assert_within_budget(
+        ops.quant_matmul,
+        reference.quant_matmul,
+        {name: t.to(DEVICE) for name, t in tensors.items()},
+        {"qweight": weight, **options},
+        impl="native",
+        reduction=k,
+    )
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_passes_its_self_test(scheme, dtype):
+    assert self_test.refusal(DEVICE, scheme, dtype) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (77, 129), (300, 2500), (4096, 4096)], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_any_size(scheme, n, k, m, dtype):
+    check(weight_of(n, k, scheme), m, dtype)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+def test_any_group(scheme, group_size):
+    for k in (260, 4096):
+        check(weight_of(520, k, scheme, group_size), 5, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("scheme", ["int8_a16", "int4_a16"])
+def test_epilogue(scheme, activation, dtype):
+    check(weight_of(530, 1028, scheme), 13, dtype, residual=True, activation=activation)
+    pair = interleave(*(weight_of(528, 1028, scheme) for _ in range(2)))
+    check(pair, 13, dtype, residual=True, activation=activation, gated=True)
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_views_and_biases(bias_dtype):
+    weight, wide = weight_of(300, 512, "int4_a16"), random(6, 1100, dtype=torch.bfloat16).to(DEVICE)
+    bias = random(300, dtype=bias_dtype).to(DEVICE)
+    for x in (wide[:, :512], wide[:, 3:515], wide[:, :1024:2], wide[:1, :512].expand(6, 512)):
+        expected = ops.quant_matmul(x.contiguous(), weight, bias, impl="native")
+        assert torch.equal(ops.quant_matmul(x, weight, bias, impl="native"), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 16, 32, 64])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_same_a_thousand_times(scheme, m, dtype):
+    weight, x = weight_of(4096, 4096, scheme), random(m, 4096, dtype=dtype).to(DEVICE)
+    expected = ops.quant_matmul(x, weight, impl="native")
+    wrong = torch.zeros((), dtype=torch.bool, device=DEVICE)
+    for _ in range(1000):
+        wrong |= (ops.quant_matmul(x, weight, impl="native") != expected).any()
+    assert not wrong
+
+
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_graph_follows_its_input(captured, scheme, m):
+    weight, x = weight_of(1000, 4096, scheme), random(m, 4096, dtype=torch.bfloat16).to(DEVICE)
+    graph, out = captured(lambda: ops.quant_matmul(x, weight, impl="native"))
+    for _ in range(3):
+        x.copy_(random(m, 4096))
+        graph.replay()
+        assert torch.equal(out, ops.quant_matmul(x, weight, impl="native"))
+
+
+def test_streams_do_not_share_counters():
+    weight, x = weight_of(2048, 8192, "int4_a16"), random(1, 8192, dtype=torch.bfloat16).to(DEVICE)
+    expected = ops.quant_matmul(x, weight, impl="native")
+    torch.cuda.synchronize()
+    found = []
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(ops.quant_matmul(x, weight, impl="native"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in found)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients(scheme):
+    weight = weight_of(300, 520, scheme)
+    tensors = {"x": random(9, 520, dtype=torch.bfloat16), "bias": random(300, dtype=torch.bfloat16)}
+    assert_within_budget(
+        ops.quant_matmul,
+        reference.quant_matmul,
+        {name: t.to(DEVICE).requires_grad_() for name, t in tensors.items()},
+        {"qweight": weight, "activation": "silu"},
+        impl="native",
+        reduction=520,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: not run")
+def test_another_gpu_than_the_current_one():
+    other = torch.device("cuda", (DEVICE.index + 1) % torch.cuda.device_count())
+    weight, x = weight_of(600, 4096, "int4_a16"), random(3, 4096, dtype=torch.bfloat16)
+    expected = ops.quant_matmul(x.to(DEVICE), weight, impl="native")
+    found = ops.quant_matmul(x.to(other), weight.to(other), impl="native")
+    assert torch.equal(found.to(DEVICE), expected)
+
+
+def test_it_is_chosen():
+    weight, x = weight_of(64, 128, "int4_a16"), random(1, 128, dtype=torch.bfloat16).to(DEVICE)
+    assert dispatch.explain(ops.quant_matmul, x, weight)[0] == ("native", None)

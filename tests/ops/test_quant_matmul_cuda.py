@@ -1,0 +1,145 @@
+"""What of quant_matmul on CUDA needs no GPU: its self-test, its errors, how rows are aligned."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llmos_fast.native import quant_matmul as native
+from llmos_fast.native import quant_matmul_cuda as cuda
+from llmos_fast.native import quant_matmul_self_test as self_test
+from llmos_fast.quantize import QuantizedWeight
+from llmos_fast.reference.quant_matmul import finish
+from llmos_fast.testing import random
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+SCHEMES = ["int8_a16", "int4_a16", "int4_asym_a16", "nf4_a16"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(self_test, "SIZES", ((80, 260, False), (96, 260, True), (33, 40, False)))
+    monkeypatch.setattr(self_test, "ROUNDS", 2)
+
+
+def right(x, packed, scales, zeros, bias, residual, scheme, group_size, n, activation, gated):
+    """As the kernels: rounded levels, sums in fp32, rounded once."""
+    weight = QuantizedWeight(packed, scales, zeros, scheme, group_size, (n, x.shape[-1]))
+    y = x.float() @ weight.dequantize(x.dtype).float().T + bias.float()
+    y = finish(y, activation or None, gated, None if residual is None else residual.float())
+    return y.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_right_passes(small, scheme, dtype):
+    assert self_test.passes(right, native._dequantize, CPU, scheme, dtype)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_one_wrong_result_fails(small, scheme):
+    def once_wrong(x, *rest):
+        y = right(x, *rest)
+        calls.append(y)
+        if len(calls) == 9:
+            y[-1, -1] += 1
+        return y
+
+    def wrong_weight(*arguments):
+        return native._dequantize(*arguments) + 1
+
+    calls = []
+    assert not self_test.passes(once_wrong, native._dequantize, CPU, scheme, torch.bfloat16)
+    assert not self_test.passes(right, wrong_weight, CPU, scheme, torch.bfloat16)
+
+
+@pytest.fixture
+def verdicts(monkeypatch):
+    """No verdicts, and a GPU by name."""
+    monkeypatch.setattr(self_test, "_verdicts", {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H9000")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return self_test._verdicts
+
+
+def answers(monkeypatch, answer):
+    asked = []
+
+    def passes(*arguments):
+        asked.append(arguments[2:])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(self_test, "passes", passes)
+    return asked
+
+
+def test_a_gpu_is_asked_once(monkeypatch, verdicts):
+    asked = answers(monkeypatch, True)
+    for scheme in ("int4", "int4_a16", "nf4", "int4_a16"):
+        assert self_test.refusal(GPU, scheme, torch.bfloat16) is None
+    assert asked == [(GPU, f"{name}_a16", torch.bfloat16) for name in ("int4", "nf4")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (False, "gives results that are not exact"),
+        (RuntimeError("CUDA kernel quant_matmul: no kernel image"), "no kernel image"),
+    ],
+    ids=["wrong", "error"],
+)
+def test_a_failure_is_named_and_remembered(monkeypatch, verdicts, answer, sentence):
+    asked = answers(monkeypatch, answer)
+    with pytest.warns(UserWarning, match=f"fails its self-test for nf4 .*H9000: .*{sentence}"):
+        reason = self_test.refusal(GPU, "nf4", torch.float16)
+    assert sentence in reason
+    assert self_test.refusal(GPU, "nf4", torch.float16) == reason
+    assert len(asked) == 1
+
+
+def test_no_memory_is_no_verdict(monkeypatch, verdicts):
+    answers(monkeypatch, torch.OutOfMemoryError("full"))
+    assert "more free memory" in self_test.refusal(GPU, "nf4", torch.float16)
+    answers(monkeypatch, True)
+    assert self_test.refusal(GPU, "nf4", torch.float16) is None
+
+
+def test_nothing_is_tested_inside_of_a_graph_or_with_fake_tensors(monkeypatch, verdicts):
+    asked = answers(monkeypatch, False)
+    with FakeTensorMode():
+        assert self_test.refusal(GPU, "int8_a16", torch.bfloat16) is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "outside of a CUDA graph" in self_test.refusal(GPU, "int8_a16", torch.bfloat16)
+    assert asked == []
+    assert verdicts == {}
+
+
+@pytest.mark.parametrize("k", [1, 8, 20, 64])
+def test_rows_are_aligned(k):
+    storage = random(4, 3 * k + 8, dtype=torch.bfloat16)
+    for x in (storage[:, :k], storage[:, 1 : k + 1], storage[:, : 2 * k : 2], storage[:1, :k]):
+        rows = cuda.aligned_rows(x)
+        assert rows.data_ptr() % 16 == 0
+        assert len(rows) == 1 or rows.stride(0) % 8 == 0
+        assert rows.stride(1) == 1
+        assert rows.shape[1] >= k
+        assert torch.equal(rows[:, :k], x)
+        assert not rows[:, k:].any()
+
+
+def test_aligned_rows_are_not_copied():
+    x = random(2, 3, 64, dtype=torch.float16)
+    assert cuda.aligned_rows(x).data_ptr() == x.data_ptr()
+    assert cuda.aligned_rows(x[:, :, :40]).shape == (6, 40)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where CUDA fails")
+def test_errors_name_the_kernel_and_the_shape():
+    extension = pytest.importorskip("llmos_fast._CUDA", reason="the CUDA extension was not built")
+    sizes = (2, 48, 256, 32, 1)  # m, n, k, group_size, int4
+    with pytest.raises(RuntimeError, match=r"quant_matmul, readied for 2 rows and a \(48, 256\)"):
+        extension.quant_matmul_plan(*sizes, "bfloat16")
+    pointers = (0, 256, 0, 0, 0, 0, False, 0, 0)
+    with pytest.raises(RuntimeError, match=r"kernel quant_matmul of 2 rows and a \(48, 256\) weig"):
+        extension.quant_matmul(*pointers, *sizes, -1, False, "bfloat16", 1, 0, 0, 0)
