@@ -64,7 +64,7 @@ LLMOS_HOST_DEVICE inline int code_at(const WeightShape& s, const uint8_t* packed
 
 // Quantiles of the normal distribution, scaled to [-1, 1] (QLoRA, appendix E).
 LLMOS_HOST_DEVICE inline float nf4_value(int code) {
-  constexpr float kTable[16] = {
+  static constexpr float kTable[16] = {
       -1.0f,
       -0.6961928009986877f,
       -0.5250730514526367f,

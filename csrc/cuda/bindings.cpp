@@ -32,11 +32,11 @@ std::string shape_of(const WeightShape& weight) {
 
 void dequantize(Address packed, Address scales, Address zeros, Address out, int64_t n, int64_t k,
                 int64_t group_size, int format, const std::string& dtype, Address stream) {
-  const WeightShape shape{n, k, group_size, static_cast<WeightFormat>(format)};
-  const int error = cuda_dequantize(shape, pointer<const uint8_t>(packed),
-                                    pointer<const float>(scales), pointer<const uint8_t>(zeros),
-                                    float_type(dtype), pointer<void>(out), pointer<void>(stream));
-  check(error, "dequantize of " + shape_of(shape));
+  const WeightShape weight{n, k, group_size, static_cast<WeightFormat>(format)};
+  const Dequantize call{weight, pointer<const uint8_t>(packed), pointer<const void>(scales),
+                        pointer<const uint8_t>(zeros), pointer<void>(out)};
+  check(cuda_dequantize(call, float_type(dtype), pointer<void>(stream)),
+        "dequantize of " + shape_of(weight));
 }
 
 // (tiles, splits, floats of partial results)

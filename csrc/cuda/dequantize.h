@@ -8,11 +8,19 @@
 
 namespace llmos {
 
-// out (n, k) = scale * level, computed in fp32 and rounded once. Pointers are of the device and
-// as csrc/cpu/quant_matmul.h says; zeros may be null but for kInt4Asym. Launches on `stream`
-// (a cudaStream_t) and returns the launch's cudaError_t.
-int cuda_dequantize(const WeightShape& shape, const uint8_t* packed, const float* scales,
-                    const uint8_t* zeros, FloatType type, void* out, void* stream);
+// out (n, k) = scale * level, computed in fp32 and rounded once to the type that is asked for.
+// Formats that lie in panels. scales: fp32 for kInt8, else bf16; zeros: for kInt4Asym. packed and
+// out are aligned to 16 bytes.
+struct Dequantize {
+  WeightShape weight;
+  const uint8_t* packed;
+  const void* scales;
+  const uint8_t* zeros;
+  void* out;
+};
+
+// Launches on `stream` (a cudaStream_t) of the current device. A cudaError_t.
+int cuda_dequantize(const Dequantize& call, FloatType type, void* stream);
 
 const char* cuda_error_name(int error);
 

@@ -41,8 +41,7 @@ def dequantize(
     """The weight (rows, columns) in ``dtype``: fp32, bf16 or fp16."""
     # the tensors are named until the kernel returns: an address alone keeps none of them alive
     out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
-    # the kernel reads fp32 scales
-    parts = (packed.contiguous(), scales.float().contiguous(), _contiguous(zero_points))
+    parts = (_aligned(packed), scales.contiguous(), _contiguous(zero_points))
     addresses = [address(part) for part in parts]
     shape = (rows, columns, group_size, FORMAT_CODES[scheme])
     with torch.cuda.device(packed.device):

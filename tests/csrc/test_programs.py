@@ -78,10 +78,11 @@ def test_on_arm(arm_program, cpu, sets):
     assert ", 0 failed" in output
 
 
-def test_cuda_kernels_on_a_simulated_gpu(tmp_path):
+@pytest.mark.parametrize("name", ["quant_matmul", "dequantize"])
+def test_cuda_kernels_on_a_simulated_gpu(name, tmp_path):
     """The kernels' own source, with the instructions of tests/csrc/simt."""
     folder, program = Path(__file__).parent, str(tmp_path / "program")
-    source = folder / "test_cuda_quant_matmul.cpp"
+    source = folder / f"test_cuda_{name}.cpp"
     includes = [f"-I{path}" for path in (folder / "simt", folder, ROOT / "csrc")]
     compiler = need(os.environ.get("CXX", "g++"))
     flags = f"{FLAGS} -Wno-unknown-pragmas -O1 -g1 {SANITIZERS}".split()

@@ -92,7 +92,7 @@ inline void perform(const Copy& copy) {
 
 }  // namespace simt
 
-inline simt::Index threadIdx, blockIdx;
+inline simt::Index threadIdx, blockIdx, gridDim;
 
 namespace simt {
 
@@ -135,6 +135,7 @@ inline bool run_block(uint32_t threads, uint32_t shared_bytes, Index block,
 template <typename Kernel>
 bool run_grid(Index grid, uint32_t threads, uint32_t shared_bytes, Kernel kernel) {
   const uint32_t blocks = grid.x * grid.y;
+  gridDim = grid;
   bool holds = true;
   for (uint32_t i = 0; i < blocks; ++i) {
     const uint32_t block = machine.backward ? blocks - 1 - i : i;
