@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "cuda/dequantize.h"
+#include "cuda/device.h"
 #include "cuda/quant_matmul.h"
 
 namespace llmos {
@@ -21,40 +22,47 @@ FloatType float_type(const std::string& name) {
                               name);
 }
 
-// A Python exception that says which kernel met it, and with what.
-void check(int error, const std::string& what) {
-  if (error != 0) throw std::runtime_error("CUDA kernel " + what + ": " + cuda_error_name(error));
+// Runs act(), which returns a cudaError_t, on `device`. An error becomes a Python exception that
+// names the kernel and its sizes; `rows` are those of x, or 0.
+template <typename Act>
+void run_on(int device, const char* kernel, int64_t rows, const WeightShape& weight, Act act) {
+  int error = cuda_set_device(device);
+  if (error == 0) error = act();
+  if (error == 0) return;
+  const std::string x = rows > 0 ? std::to_string(rows) + " rows and " : "";
+  throw std::runtime_error("CUDA kernel " + std::string(kernel) + " of " + x + "a (" +
+                           std::to_string(weight.n) + ", " + std::to_string(weight.k) +
+                           ") weight: " + cuda_error_name(error));
 }
 
-std::string shape_of(const WeightShape& weight) {
-  return "a (" + std::to_string(weight.n) + ", " + std::to_string(weight.k) + ") weight";
-}
-
-void dequantize(Address packed, Address scales, Address zeros, Address out, int64_t n, int64_t k,
-                int64_t group_size, int format, const std::string& dtype, Address stream) {
+void dequantize(int device, Address packed, Address scales, Address zeros, Address out, int64_t n,
+                int64_t k, int64_t group_size, int format, const std::string& dtype,
+                Address stream) {
   const WeightShape weight{n, k, group_size, static_cast<WeightFormat>(format)};
   const Dequantize call{weight, pointer<const uint8_t>(packed), pointer<const void>(scales),
                         pointer<const uint8_t>(zeros), pointer<void>(out)};
-  check(cuda_dequantize(call, float_type(dtype), pointer<void>(stream)),
-        "dequantize of " + shape_of(weight));
+  const FloatType type = float_type(dtype);
+  run_on(device, "dequantize", 0, weight,
+         [&] { return cuda_dequantize(call, type, pointer<void>(stream)); });
 }
 
 // (tiles, splits, floats of partial results)
-std::tuple<uint32_t, uint32_t, int64_t> quant_matmul_plan(int64_t m, int64_t n, int64_t k,
-                                                          int64_t group_size, int format,
+std::tuple<uint32_t, uint32_t, int64_t> quant_matmul_plan(int device, int64_t m, int64_t n,
+                                                          int64_t k, int64_t group_size, int format,
                                                           const std::string& dtype) {
   const WeightShape weight{n, k, group_size, static_cast<WeightFormat>(format)};
+  const FloatType type = float_type(dtype);
   QuantMatmulPlan plan;
-  check(plan_quant_matmul(weight, m, float_type(dtype), &plan),
-        "quant_matmul, readied for " + std::to_string(m) + " rows and " + shape_of(weight));
+  run_on(device, "quant_matmul, its plan,", m, weight,
+         [&] { return plan_quant_matmul(weight, m, type, &plan); });
   return {plan.tiles, plan.splits, plan.partial_floats};
 }
 
-void quant_matmul(Address x, int64_t x_stride, Address packed, Address scales, Address zeros,
-                  Address bias, bool bias_is_fp32, Address residual, Address out, int64_t m,
-                  int64_t n, int64_t k, int64_t group_size, int format, int activation, bool gated,
-                  const std::string& dtype, uint32_t splits, Address partials, Address counters,
-                  Address stream) {
+void quant_matmul(int device, Address x, int64_t x_stride, Address packed, Address scales,
+                  Address zeros, Address bias, bool bias_is_fp32, Address residual, Address out,
+                  int64_t m, int64_t n, int64_t k, int64_t group_size, int format, int activation,
+                  bool gated, const std::string& dtype, uint32_t splits, Address partials,
+                  Address counters, Address stream) {
   const WeightShape weight{n, k, group_size, static_cast<WeightFormat>(format)};
   const CudaQuantMatmul call{pointer<const uint16_t>(x),
                              x_stride,
@@ -73,8 +81,9 @@ void quant_matmul(Address x, int64_t x_stride, Address packed, Address scales, A
                              splits,
                              pointer<float>(partials),
                              pointer<uint32_t>(counters)};
-  check(cuda_quant_matmul(call, float_type(dtype), pointer<void>(stream)),
-        "quant_matmul of " + std::to_string(m) + " rows and " + shape_of(weight));
+  const FloatType type = float_type(dtype);
+  run_on(device, "quant_matmul", m, weight,
+         [&] { return cuda_quant_matmul(call, type, pointer<void>(stream)); });
 }
 
 }  // namespace

@@ -54,8 +54,4 @@ int cuda_dequantize(const Dequantize& call, FloatType type, void* stream) {
   return cudaGetLastError();
 }
 
-const char* cuda_error_name(int error) {
-  return cudaGetErrorString(static_cast<cudaError_t>(error));
-}
-
 }  // namespace llmos

@@ -22,6 +22,4 @@ struct Dequantize {
 // Launches on `stream` (a cudaStream_t) of the current device. A cudaError_t.
 int cuda_dequantize(const Dequantize& call, FloatType type, void* stream);
 
-const char* cuda_error_name(int error);
-
 }  // namespace llmos

@@ -46,7 +46,8 @@ def dequantize(
     shape = (rows, columns, group_size, FORMAT_CODES[scheme])
     with torch.cuda.device(packed.device):
         stream = torch.cuda.current_stream().cuda_stream
-        _CUDA.dequantize(*addresses, out.data_ptr(), *shape, str(dtype)[6:], stream)
+        device, name = packed.device.index, str(dtype)[6:]
+        _CUDA.dequantize(device, *addresses, out.data_ptr(), *shape, name, stream)
     return out
 
 
@@ -97,12 +98,13 @@ def _few_rows(
     shape = (rows.shape[0], n, k, group_size, FORMAT_CODES[scheme])
     dtype = str(x.dtype)[6:]
     with torch.cuda.device(x.device):
-        tiles, splits, partial_floats = _plan(x.device, *shape, dtype)
+        tiles, splits, partial_floats = _plan(x.device.index, *shape, dtype)
         partials = counters = None
         if splits > 1:
             partials = torch.empty(partial_floats, dtype=torch.float32, device=x.device)
             counters = _zero_counters(tiles, x.device)
         _CUDA.quant_matmul(
+            x.device.index,
             rows.data_ptr(),
             rows.stride(0),
             address(packed),
@@ -137,8 +139,8 @@ def aligned_rows(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _plan(device: torch.device, *call: int | str) -> tuple[int, int, int]:
-    """(tiles, parts of each, floats of their results), for ``device``, which is current."""
+def _plan(*call: int | str) -> tuple[int, int, int]:
+    """(tiles, parts of each, floats of their results)."""
     plan: tuple[int, int, int] = _CUDA.quant_matmul_plan(*call)
     return plan
 

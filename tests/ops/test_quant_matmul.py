@@ -325,9 +325,9 @@ def test_other_devices_are_refused_with_a_sentence():
 def test_cuda_errors_name_the_kernel_and_the_shape():
     cuda = pytest.importorskip("llmos_fast._CUDA", reason="the CUDA extension was not built")
     with pytest.raises(RuntimeError, match=r"CUDA kernel dequantize of a \(3, 5\) weight: "):
-        cuda.dequantize(0, 0, 0, 0, 3, 5, 32, 1, "bfloat16", 0)
+        cuda.dequantize(0, 0, 0, 0, 0, 3, 5, 32, 1, "bfloat16", 0)
     with pytest.raises(ValueError, match=r"dtype must be .*, got float64"):
-        cuda.dequantize(0, 0, 0, 0, 3, 5, 32, 1, "float64", 0)
+        cuda.dequantize(0, 0, 0, 0, 0, 3, 5, 32, 1, "float64", 0)
 
 
 def test_float64_takes_the_reference():

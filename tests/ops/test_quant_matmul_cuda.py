@@ -138,8 +138,8 @@ def test_aligned_rows_are_not_copied():
 def test_errors_name_the_kernel_and_the_shape():
     extension = pytest.importorskip("llmos_fast._CUDA", reason="the CUDA extension was not built")
     sizes = (2, 48, 256, 32, 1)  # m, n, k, group_size, int4
-    with pytest.raises(RuntimeError, match=r"quant_matmul, readied for 2 rows and a \(48, 256\)"):
-        extension.quant_matmul_plan(*sizes, "bfloat16")
+    with pytest.raises(RuntimeError, match=r"quant_matmul, its plan, of 2 rows and a \(48, 256\)"):
+        extension.quant_matmul_plan(0, *sizes, "bfloat16")
     pointers = (0, 256, 0, 0, 0, 0, False, 0, 0)
     with pytest.raises(RuntimeError, match=r"kernel quant_matmul of 2 rows and a \(48, 256\) weig"):
-        extension.quant_matmul(*pointers, *sizes, -1, False, "bfloat16", 1, 0, 0, 0)
+        extension.quant_matmul(0, *pointers, *sizes, -1, False, "bfloat16", 1, 0, 0, 0)
