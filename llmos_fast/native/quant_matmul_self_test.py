@@ -3,7 +3,7 @@
 Integers and powers of two have one right product, however it is summed: the kernels have to give
 exactly what plain torch gives in float64 from the weight's definition, for each of them, off every
 tile, with and without parts of k, again and again. A process asks once for each GPU, format and
-dtype, which takes a fraction of a second.
+dtype.
 """
 
 from __future__ import annotations

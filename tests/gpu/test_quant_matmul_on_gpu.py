@@ -1,4 +1,7 @@
-"""What only a GPU can show of quant_matmul's CUDA kernels: formats, sizes, graphs, repetition."""
+"""What only a GPU can show of quant_matmul's CUDA kernels: formats, sizes, graphs, repetition.
+
+Also, with few sizes: compute-sanitizer --tool memcheck (or racecheck) python -m pytest -k any_size
+"""
 
 import pytest
 import torch
@@ -22,7 +25,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 
 def weight_of(n, k, scheme, group_size=128):
-    return quantize(random(n, k, scale=k**-0.5), scheme, group_size).to(DEVICE)
+    return quantize(random(n, k, scale=k**-0.5).to(DEVICE), scheme, group_size)
 
 
 def check(weight, m, dtype, residual=False, **options):

@@ -15,6 +15,7 @@
 
 #define __global__
 #define __device__
+#define __constant__ const
 #define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
