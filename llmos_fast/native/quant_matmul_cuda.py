@@ -67,15 +67,23 @@ def product(
     """The contract of ``ops.quant_matmul`` for weights of "_a16" schemes that lie in panels."""
     k = x.shape[-1]
     rows = x.numel() // k
-    if x.dtype.itemsize == 2 and 0 < rows <= MAX_ROWS:
+    if 0 < rows <= MAX_ROWS and multiplies(x.device, x.dtype):
         rest = (scheme, group_size, n, activation, gated)
-        return _few_rows(x, packed, scales, zero_points, bias, residual, *rest)
+        return few_rows(x, packed, scales, zero_points, bias, residual, *rest)
     weight = dequantize(packed, scales, zero_points, scheme, group_size, n, k, x.dtype)
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return finish(y, activation or None, gated, residual)
 
 
-def _few_rows(
+@lru_cache
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for few rows: 16 bits, and an SM with the memory of an A100."""
+    properties = torch.cuda.get_device_properties(device)
+    # that of many other GPUs is 100 KB
+    return dtype.itemsize == 2 and properties.shared_memory_per_multiprocessor >= 164 * 1024
+
+
+def few_rows(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -88,6 +96,7 @@ def _few_rows(
     activation: str,
     gated: bool,
 ) -> Tensor:
+    """As ``product``, for 1 to MAX_ROWS rows where the GPU ``multiplies``."""
     k = x.shape[-1]
     rows = aligned_rows(x)
     # named until the launch, as above

@@ -1,5 +1,7 @@
 """What of quant_matmul on CUDA needs no GPU: its self-test, its errors, how rows are aligned."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -7,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llmos_fast.native import quant_matmul as native
 from llmos_fast.native import quant_matmul_cuda as cuda
 from llmos_fast.native import quant_matmul_self_test as self_test
-from llmos_fast.quantize import QuantizedWeight
+from llmos_fast.quantize import QuantizedWeight, quantize
 from llmos_fast.reference.quant_matmul import finish
 from llmos_fast.testing import random
 
@@ -32,7 +34,8 @@ def right(x, packed, scales, zeros, bias, residual, scheme, group_size, n, activ
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_is_right_passes(small, scheme, dtype):
-    assert self_test.passes(right, native._dequantize, CPU, scheme, dtype)
+    product = None if dtype == torch.float32 else right
+    assert self_test.passes(product, native._dequantize, CPU, scheme, dtype)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -50,6 +53,7 @@ def test_one_wrong_result_fails(small, scheme):
     calls = []
     assert not self_test.passes(once_wrong, native._dequantize, CPU, scheme, torch.bfloat16)
     assert not self_test.passes(right, wrong_weight, CPU, scheme, torch.bfloat16)
+    assert not self_test.passes(None, wrong_weight, CPU, scheme, torch.bfloat16)
 
 
 @pytest.fixture
@@ -57,6 +61,7 @@ def verdicts(monkeypatch):
     """No verdicts, and a GPU by name."""
     monkeypatch.setattr(self_test, "_verdicts", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H9000")
+    monkeypatch.setattr(cuda, "multiplies", lambda device, dtype: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return self_test._verdicts
 
@@ -132,6 +137,33 @@ def test_aligned_rows_are_not_copied():
     x = random(2, 3, 64, dtype=torch.float16)
     assert cuda.aligned_rows(x).data_ptr() == x.data_ptr()
     assert cuda.aligned_rows(x[:, :, :40]).shape == (6, 40)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "room", "chosen"),
+    [
+        (1, torch.bfloat16, True, "few"),
+        (64, torch.float16, True, "few"),
+        (65, torch.bfloat16, True, "dense"),
+        (1, torch.float32, True, "dense"),
+        (1, torch.bfloat16, False, "dense"),
+        (0, torch.bfloat16, True, "dense"),
+    ],
+)
+def test_few_rows_have_a_kernel_where_it_fits(monkeypatch, rows, dtype, room, chosen):
+    weight = quantize(random(32, 40), "int4_a16", 32)
+    x, bias = random(rows, 40, dtype=dtype), random(32)
+    few = right(x, weight.packed, weight.scales, None, bias, None, "int4_a16", 32, 32, "", False)
+    properties = SimpleNamespace(shared_memory_per_multiprocessor=(164 if room else 100) * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    cuda.multiplies.cache_clear()
+    monkeypatch.setattr(cuda, "few_rows", lambda *arguments: few)
+    monkeypatch.setattr(cuda, "dequantize", native._dequantize)
+    rest = (weight.zero_points, bias, None, "int4_a16", 32, 32, "", False)
+    out = cuda.product(x, weight.packed, weight.scales, *rest)
+    cuda.multiplies.cache_clear()
+    assert (out is few) == (chosen == "few")
+    assert out.shape == few.shape
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where CUDA fails")
