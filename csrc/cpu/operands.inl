@@ -26,6 +26,13 @@ LLMOS_INLINE U pairs_along(const bf16* x, int64_t count) {
   return pairs;
 }
 
+// Of pairs that are pairs already.
+LLMOS_INLINE U pairs_along(const Pair* x, int64_t count) {
+  U pairs = {};
+  __builtin_memcpy(&pairs, x, (count < kLanes ? count : kLanes) * sizeof(Pair));
+  return pairs;
+}
+
 // 16 pairs of what the rows `low` and `high` hold in a column.
 LLMOS_INLINE U pairs_across(F low, F high, const bf16*) {
   return as_bits(low) >> 16 | as_bits(high);
