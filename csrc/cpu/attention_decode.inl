@@ -39,13 +39,13 @@ struct DecodeUnit {
     return {reinterpret_cast<const char*>(rows<C>(cache, strides, key)),
             strides.row * int64_t(sizeof(C))};
   }
-  // Of 16 keys from `key` on, `n` exist.
+  // Of 16 keys from `key` on; `n` keys exist there, perhaps more than 16.
   F row_scales(const RowScale& scale, int64_t key, int64_t n) const {
     const float* first = scale.data + page(key) * scale.strides.batch +
                          head_kv * scale.strides.head + key % call.page_size * scale.strides.row;
     if (scale.strides.row == 1) return load(first, n);
     float lanes[kLanes] = {};
-    for (int64_t i = 0; i < n; ++i) lanes[i] = first[i * scale.strides.row];
+    for (int64_t i = 0; i < n && i < kLanes; ++i) lanes[i] = first[i * scale.strides.row];
     return load(lanes);
   }
 };

@@ -23,6 +23,7 @@ static void embed(const EmbeddingForward& call) {
 static void embedding_forward(const EmbeddingForward& call) {
   for (int64_t i = 0; i < call.of.count; ++i)
     refuse_outside(call.of.ids[i], call.of.rows, "embedding: ids", "the rows of weight");
+  if (call.of.width == 0) return;  // nothing may be added to null, nor may it be filled
   call.of.type == DType::bf16 ? embed<bf16>(call) : embed<float>(call);
 }
 
@@ -70,5 +71,6 @@ static void embed_backward(const EmbeddingBackward& call) {
 }
 
 static void embedding_backward(const EmbeddingBackward& call) {
+  if (call.of.width == 0) return;
   call.of.type == DType::bf16 ? embed_backward<bf16>(call) : embed_backward<float>(call);
 }
