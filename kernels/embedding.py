@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmos_fast.ops import check
+from llmos_fast.reference.embedding import along
 
 from . import dropout
 
@@ -31,6 +32,5 @@ def forward(
     if scale != 1.0:
         x = x * scale
     if positions is not None:
-        after = (1,) * (ids.dim() - 1 - seq_dim)
-        x = x + positions.view(positions.shape[0], *after, positions.shape[1])
+        x = x + along(positions, ids, seq_dim)
     return dropout.forward(x=x, residual=None, dropout_p=dropout_p, seed=seed)

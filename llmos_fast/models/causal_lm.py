@@ -50,10 +50,10 @@ class CausalLM(Pretrained, LanguageModel):
         """
         _check_tokens(tokens, self.config)
         dropout_p = self.config.attention_dropout if self.training else 0.0
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        added = (
-            plain.embedding(self.positions, positions) if self.config.learned_positions else None
-        )
+        added = None
+        if self.config.learned_positions:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            added = plain.embedding(self.positions, positions)
         x = plain.embedding(self.embedding, tokens, positions=added, dropout=self.dropout)
         sequences = Batch(causal=True, key_lengths=lengths, dropout_p=dropout_p)
         return self.stack(x, sequences)  # type: ignore[no-any-return]

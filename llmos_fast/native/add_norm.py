@@ -12,6 +12,7 @@ from llmos_fast.library import differentiable, register, second_order
 from llmos_fast.native.common import (
     _C,
     address,
+    contiguous,
     dropout_arguments,
     dtype_code,
     large_empty,
@@ -69,7 +70,7 @@ def _forward_cpu(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    residual = None if residual is None else residual.contiguous()
+    residual = contiguous(residual)
     scale, scale_code = _affine(weight)
     offset, offset_code = _affine(bias)
     total = _total_like(x, residual)
@@ -198,8 +199,8 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     columns = total.shape[-1]
     rows = total.numel() // max(columns, 1)
-    d_norm = None if d_norm is None else d_norm.contiguous()
-    d_total = None if d_total is None else d_total.contiguous()
+    d_norm = contiguous(d_norm)
+    d_total = contiguous(d_total)
     scale = None if weight is None else weight.float().contiguous()
     x_dtype = torch.bfloat16 if x_is_bf16 else torch.float32
     d_x = large_empty(*total.shape, dtype=x_dtype)

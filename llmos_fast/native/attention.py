@@ -13,6 +13,7 @@ from llmos_fast.native import attention_decode as decoding
 from llmos_fast.native.common import (
     _C,
     address,
+    contiguous,
     dropout_arguments,
     dtype_code,
     refusal,
@@ -181,8 +182,8 @@ class _Call:
         bias, alibi, sinks = (
             None if t is None else t.detach().float() for t in (bias, alibi, sinks)
         )
-        alibi = None if alibi is None else alibi.contiguous()
-        sinks = None if sinks is None else sinks.contiguous()
+        alibi = contiguous(alibi)
+        sinks = contiguous(sinks)
         sequences = _sequences(query, key, lengths, cu_q, cu_k, causal)
         self.tensors = (query, key, value, mask, bias, alibi, sinks, sequences, seed)
         dense = query.dim() == 4

@@ -13,6 +13,7 @@ from llmos_fast.native.common import (
     CACHE_CODES,
     NO_STRIDES,
     address,
+    contiguous,
     dtype_code,
     refusal,
     rows_contiguous,
@@ -98,7 +99,7 @@ def _forward_cpu(
     if cache_lengths is None:
         cache_lengths = _full_lengths(keys.shape[0], keys.shape[2])
     lengths = cache_lengths.contiguous()
-    table = None if block_table is None else block_table.contiguous()
+    table = contiguous(block_table)
     key_scale, key_scale_strides = _row_scale(key_scale, keys)
     value_scale, value_scale_strides = _row_scale(value_scale, values)
     sinks, slopes = _vector(sinks), _vector(alibi_slopes)

@@ -11,6 +11,7 @@ from llmos_fast.native.common import (
     CACHE_CODES,
     NO_STRIDES,
     address,
+    contiguous,
     dtype_code,
     refusal,
     rows_contiguous,
@@ -69,7 +70,7 @@ def _write_cpu(
 ) -> None:
     key, value = rows_contiguous(key), rows_contiguous(value)
     lengths = cache_lengths.contiguous()
-    table = None if block_table is None else block_table.contiguous()
+    table = contiguous(block_table)
     batch, heads, seq, head_dim = key.shape
     pages, _, page_size, head_dim_v = value_cache.shape
     _C.cache_write(

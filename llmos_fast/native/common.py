@@ -17,6 +17,7 @@ __all__ = [
     "NO_STRIDES",
     "_C",
     "address",
+    "contiguous",
     "dropout_arguments",
     "dtype_code",
     "large_empty",
@@ -42,6 +43,11 @@ def dtype_code(dtype: torch.dtype) -> int:
 def address(tensor: Tensor | None) -> int:
     """Where the data begin; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """``tensor``, or a copy that is contiguous; None for None."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def large_empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmos_fast.library import differentiable
 from llmos_fast.native.add_norm import unsupported as add_norm_unsupported
-from llmos_fast.native.common import _C, address, dropout_arguments, dtype_code
+from llmos_fast.native.common import _C, address, contiguous, dropout_arguments, dtype_code
 
 
 def unsupported(*, x: Tensor, residual: Tensor | None, **_: object) -> str | None:
@@ -26,7 +26,7 @@ def forward(*, x: Tensor, residual: Tensor | None, dropout_p: float, seed: Tenso
 
 def _forward_cpu(x: Tensor, residual: Tensor | None, p: float, seed: Tensor) -> Tensor:
     x = x.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    residual = contiguous(residual)
     total = torch.empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
     columns = x.shape[-1]
     rows = x.numel() // max(columns, 1)

@@ -12,6 +12,7 @@ from llmos_fast.library import differentiable, register, second_order
 from llmos_fast.native.common import (
     _C,
     address,
+    contiguous,
     dropout_arguments,
     dtype_code,
     large_empty,
@@ -67,7 +68,7 @@ def _forward_cpu(
     seed: Tensor | None,
 ) -> Tensor:
     ids = ids.contiguous()
-    positions = None if positions is None else positions.contiguous()
+    positions = contiguous(positions)
     out = torch.empty((*ids.shape, weight.shape[1]), dtype=weight.dtype)
     _C.embedding_forward(
         *_rows(ids, weight, seq_dim, scale, p, seed),

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmos_fast.library import is_plain
-from llmos_fast.native.common import refusal
+from llmos_fast.native.common import contiguous, refusal
 from llmos_fast.native.product import as_read, product, way
 
 
@@ -19,7 +19,6 @@ def forward(*, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if x.dtype == weight.dtype and is_plain((x, weight, bias)) and way(rows, weight) == "torch":
         # small: torch's own gradients save 40 us of Python
-        return F.linear(x, weight, None if bias is None else bias.contiguous())
-    if x.dim() == 2:
-        return product(x, weight, bias)  # type: ignore[no-any-return]
-    return product(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+        return F.linear(x, weight, contiguous(bias))
+    out: Tensor = product(rows, weight, bias)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmos_fast.native.activation import CODES, activation_backward, activation_forward
-from llmos_fast.native.common import _C, address, dropout_arguments, large_empty
+from llmos_fast.native.common import _C, address, contiguous, dropout_arguments, large_empty
 from llmos_fast.native.product import own_arguments, product, way
 
 # enum Finish of csrc/cpu/kernels.h
@@ -36,7 +36,7 @@ def product_activated(
         first, second = (sums, None) if gate is None else (gate, sums)
         hidden = activation_forward(first, second, activation, p, seed)
         return hidden, sums if keep else nothing
-    bias = None if bias is None else bias.contiguous()
+    bias = contiguous(bias)
     sizes = x.shape[0], weight.shape[0]
     hidden = large_empty(*sizes, dtype=x.dtype)
     kept = large_empty(*sizes, dtype=x.dtype) if keep else None

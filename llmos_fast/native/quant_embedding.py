@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmos_fast.library import refusal_of_transforms, register
-from llmos_fast.native.common import _C, FORMAT_CODES, address, dtype_code
+from llmos_fast.native.common import _C, FORMAT_CODES, address, contiguous, dtype_code
 from llmos_fast.quantize import QuantizedWeight
 
 
@@ -42,7 +42,7 @@ def _lookup_cpu(
     dtype: torch.dtype,
 ) -> Tensor:
     ids, packed, scales = ids.contiguous(), packed.contiguous(), scales.contiguous()
-    zero_points = None if zero_points is None else zero_points.contiguous()
+    zero_points = contiguous(zero_points)
     out = torch.empty((*ids.shape, columns), dtype=dtype)
     _C.quant_rows(
         packed.data_ptr(),

@@ -17,7 +17,7 @@ from llmos_fast.library import (
 )
 from llmos_fast.native import quant_matmul_cuda as cuda
 from llmos_fast.native import quant_matmul_self_test as self_test
-from llmos_fast.native.common import FORMAT_CODES, address, dtype_code
+from llmos_fast.native.common import FORMAT_CODES, address, contiguous, dtype_code
 from llmos_fast.quantize import SCHEMES, QuantizedWeight, format_of, rounds_activations
 from llmos_fast.reference import quant_matmul as definition
 from llmos_fast.reference.quant_matmul import finish
@@ -27,10 +27,6 @@ _MAX_INTEGER_K = 131072
 
 
 _ROUNDS = {scheme: rounds_activations(scheme) for scheme in SCHEMES}
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _dequantize(
@@ -49,7 +45,7 @@ def _dequantize(
     # the tensors are named until the kernel returns: an address alone keeps none of them alive
     out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
     shape = (rows, columns, group_size, FORMAT_CODES[scheme])
-    parts = (packed.contiguous(), scales.contiguous(), _contiguous(zero_points))
+    parts = (packed.contiguous(), scales.contiguous(), contiguous(zero_points))
     addresses = [address(part) for part in parts]
     target = out if dtype in (torch.bfloat16, torch.float32) else out.float()
     every_row = (0, False, rows)
@@ -102,7 +98,7 @@ def _quant_matmul(
         return definition.quant_matmul(
             x, weight, bias, activation=activation or None, gated=gated, residual=residual
         )
-    packed, scales, zero_points = packed.contiguous(), scales.contiguous(), _contiguous(zero_points)
+    packed, scales, zero_points = packed.contiguous(), scales.contiguous(), contiguous(zero_points)
     return _on_cpu(x, packed, scales, zero_points, bias, residual, *rest)
 
 

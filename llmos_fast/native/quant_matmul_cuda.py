@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmos_fast.native.common import FORMAT_CODES, address
+from llmos_fast.native.common import FORMAT_CODES, address, contiguous
 from llmos_fast.reference.quant_matmul import finish
 
 try:
@@ -41,7 +41,7 @@ def dequantize(
     """The weight (rows, columns) in ``dtype``: fp32, bf16 or fp16."""
     # the tensors are named until the kernel returns: an address alone keeps none of them alive
     out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
-    parts = (_aligned(packed), scales.contiguous(), _contiguous(zero_points))
+    parts = (_aligned(packed), scales.contiguous(), contiguous(zero_points))
     addresses = [address(part) for part in parts]
     shape = (rows, columns, group_size, FORMAT_CODES[scheme])
     with torch.cuda.device(packed.device):
@@ -102,7 +102,7 @@ def few_rows(
     # named until the launch, as above
     packed, scales = _aligned(packed), _aligned(scales)
     zero_points = None if zero_points is None else _aligned(zero_points)
-    bias, residual = _contiguous(bias), _contiguous(residual)
+    bias, residual = contiguous(bias), contiguous(residual)
     out = x.new_empty((*x.shape[:-1], n // 2 if gated else n))
     shape = (rows.shape[0], n, k, group_size, FORMAT_CODES[scheme])
     dtype = str(x.dtype)[6:]
@@ -167,10 +167,6 @@ def _zero_counters(count: int, device: torch.device) -> Tensor:
     if counters is None or counters.numel() < count:
         counters = _counters[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
     return counters
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _aligned(tensor: Tensor) -> Tensor:

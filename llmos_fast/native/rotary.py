@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmos_fast.library import differentiable
-from llmos_fast.native.common import _C, address, dtype_code, refusal
+from llmos_fast.native.common import _C, address, contiguous, dtype_code, refusal
 
 
 def unsupported(*, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, **_: object) -> str | None:
@@ -41,7 +41,7 @@ def _forward_cpu(
     if x.stride(-1) != 1:
         x = x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
-    positions = None if positions is None else positions.contiguous()
+    positions = contiguous(positions)
     per_batch = (cos.dim() == 3) if positions is None else (positions.dim() == 2)
     batch, heads, seq, head_dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype)

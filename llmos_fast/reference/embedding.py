@@ -26,6 +26,11 @@ def forward(
     check.rows_exist("embedding", "ids", ids, weight.shape[0], "weight")
     x = upcast(F.embedding(ids, weight)) * scale
     if positions is not None:
-        after = (1,) * (ids.dim() - 1 - seq_dim)
-        x = x + upcast(positions).view(positions.shape[0], *after, positions.shape[1])
+        x = x + along(upcast(positions), ids, seq_dim)
     return dropout_rows(x, seed, dropout_p).to(weight.dtype)
+
+
+def along(positions: Tensor, ids: Tensor, seq_dim: int) -> Tensor:
+    """Float[seq width], shaped to be added to the rows of ``ids``, whose ``seq_dim`` is seq."""
+    after = (1,) * (ids.dim() - 1 - seq_dim)
+    return positions.reshape(positions.shape[0], *after, positions.shape[1])
