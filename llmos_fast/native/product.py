@@ -102,9 +102,7 @@ def _product_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = bias.contiguous()  # oneDNN reads a strided one as if it were, and so do the kernels
     best = way(x, weight)
     if best == "own":
-        out = large_empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-        _C.product(*own_arguments(x, weight, bias, out), dtype_code(out.dtype), False, 0)
-        return out
+        return own_product(x, weight, bias, large_empty(x.shape[0], weight.shape[0], dtype=x.dtype))
     if best == "few rows":
         if weight.dtype == x.dtype:
             return _linear_rows(x, weight, bias)
@@ -139,6 +137,13 @@ def product_into(
     if row_sums is not None and not sums_too:
         found = x.sum(1, dtype=torch.float32)
         row_sums.add_(found) if add else row_sums.copy_(found)
+
+
+def own_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """``out``, of x's dtype, after csrc/cpu/product.inl wrote x weight^T + bias there."""
+    arguments = own_arguments(x, weight, bias, out)
+    _C.product(*arguments, dtype_code(out.dtype), False, 0)
+    return out
 
 
 def own_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[int, ...]:
