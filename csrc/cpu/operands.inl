@@ -22,14 +22,21 @@ LLMOS_INLINE int64_t count_of(int64_t elements, int64_t per) { return (elements 
 // 16 pairs from x on, of which `count` elements exist; the others are 0.
 LLMOS_INLINE U pairs_along(const bf16* x, int64_t count) {
   U pairs = {};
-  __builtin_memcpy(&pairs, x, (count < 2 * kLanes ? count : 2 * kLanes) * sizeof(bf16));
+  // of a length that the compiler does not know it is a call, 3 times as slow as what it copies
+  if (count >= 2 * kLanes)
+    __builtin_memcpy(&pairs, x, sizeof pairs);
+  else
+    __builtin_memcpy(&pairs, x, count * sizeof(bf16));
   return pairs;
 }
 
 // Of pairs that are pairs already.
 LLMOS_INLINE U pairs_along(const Pair* x, int64_t count) {
   U pairs = {};
-  __builtin_memcpy(&pairs, x, (count < kLanes ? count : kLanes) * sizeof(Pair));
+  if (count >= kLanes)
+    __builtin_memcpy(&pairs, x, sizeof pairs);
+  else
+    __builtin_memcpy(&pairs, x, count * sizeof(Pair));
   return pairs;
 }
 
@@ -62,6 +69,14 @@ LLMOS_INLINE auto load_operands(const T* x, int64_t count) {
   else
     return pairs_along(x, count);
 }
+
+// Short rows that lie far apart: no prefetcher of a CPU follows them (19 instead of 12 GB/s).
+template <int rows, typename T>
+LLMOS_INLINE void prefetch_rows(const T* x, int64_t row_stride) {
+#pragma GCC unroll 16
+  for (int row = 0; row < rows; ++row) __builtin_prefetch(x + row * row_stride, 0, 2);
+}
+constexpr int64_t kRowsAhead = 16;
 
 // `rows` rows of x, each `columns` long, times `scale`, padded with zeros to `width`.
 template <typename T>
@@ -100,6 +115,7 @@ LLMOS_INLINE void gather_factor(const T* x, int64_t row_stride, int64_t rows, in
                                 E* out, int64_t b_panel) {
   for (int64_t row = 0; row < rows; row += elements_in<E>, out += kPanel)
     for (int64_t i = 0; i < columns; i += kLanes) {
+      prefetch_rows<elements_in<E>>(x + (row + kRowsAhead) * row_stride + i, row_stride);
       const auto vector =
           load_factor<E>(x + row * row_stride + i, row_stride, rows - row, columns - i);
       __builtin_memcpy(out + i / kPanel * b_panel + i % kPanel, &vector, 64);
@@ -147,6 +163,7 @@ LLMOS_INLINE void gather_columns(const T* x, int64_t row_stride, int64_t rows, i
   for (int64_t row = 0; row < rows; row += kLanes)
     for (int64_t i = 0; i < columns; i += per * kLanes) {
       decltype(load_operands<E>(x, 0)) square[kLanes];
+      prefetch_rows<kLanes>(x + (row + kLanes) * row_stride + i, row_stride);
 #pragma GCC unroll 16
       for (int lane = 0; lane < kLanes; ++lane)
         square[lane] = load_operands<E>(x + (row + lane) * row_stride + i,

@@ -59,6 +59,8 @@ static bool pack_rows(const Matrix<T>& x, E* out) {
   for (int64_t k = 0; k < x.columns; k += elements_in<E>, out += kTileRows)
     for (int64_t tile = 0; tile * kTileRows < x.rows; ++tile) {
       const int64_t row = tile * kTileRows;
+      prefetch_rows<elements_in<E>>(x.data + (k + kRowsAhead) * x.column_stride + row,
+                                    x.column_stride);
       const auto vector = load_factor<E>(x.data + k * x.column_stride + row, x.column_stride,
                                          x.columns - k, x.rows - row);
       __builtin_memcpy(out + tile * kPackedTile, &vector, 64);
