@@ -8,6 +8,7 @@
 
 #include "cuda/dequantize.h"
 #include "cuda/device.h"
+#include "cuda/integer_matmul.h"
 #include "cuda/quant_matmul.h"
 
 namespace llmos {
@@ -46,45 +47,60 @@ void dequantize(int device, Address packed, Address scales, Address zeros, Addre
          [&] { return cuda_dequantize(call, type, pointer<void>(stream)); });
 }
 
-// (tiles, splits, floats of partial results)
-std::tuple<uint32_t, uint32_t, int64_t> quant_matmul_plan(int device, int64_t m, int64_t n,
-                                                          int64_t k, int64_t group_size, int format,
-                                                          const std::string& dtype) {
+// (tiles, splits, bytes of workspace)
+using Plan = std::tuple<uint32_t, uint32_t, int64_t>;
+
+Plan quant_matmul_plan(int device, int64_t m, int64_t n, int64_t k, int64_t group_size, int format,
+                       const std::string& dtype) {
   const WeightShape weight{n, k, group_size, static_cast<WeightFormat>(format)};
   const FloatType type = float_type(dtype);
-  QuantMatmulPlan plan;
+  QuantMatmulPlan plan{};
   run_on(device, "quant_matmul, its plan,", m, weight,
          [&] { return plan_quant_matmul(weight, m, type, &plan); });
-  return {plan.tiles, plan.splits, plan.partial_floats};
+  return {plan.tiles, plan.splits, plan.workspace_bytes};
 }
 
-void quant_matmul(int device, Address x, int64_t x_stride, Address packed, Address scales,
-                  Address zeros, Address bias, bool bias_is_fp32, Address residual, Address out,
-                  int64_t m, int64_t n, int64_t k, int64_t group_size, int format, int activation,
-                  bool gated, const std::string& dtype, uint32_t splits, Address partials,
-                  Address counters, Address stream) {
+Plan integer_matmul_plan(int device, int64_t m, int64_t n, int64_t k, int64_t group_size,
+                         int format, const std::string&) {
   const WeightShape weight{n, k, group_size, static_cast<WeightFormat>(format)};
-  const CudaQuantMatmul call{pointer<const uint16_t>(x),
-                             x_stride,
-                             pointer<const uint8_t>(packed),
-                             pointer<const void>(scales),
-                             pointer<const uint8_t>(zeros),
-                             pointer<const void>(bias),
-                             bias_is_fp32,
-                             pointer<const uint16_t>(residual),
-                             pointer<uint16_t>(out),
-                             m,
-                             weight,
-                             activation >= 0,
-                             static_cast<Activation>(activation),
-                             gated,
-                             splits,
-                             pointer<float>(partials),
-                             pointer<uint32_t>(counters)};
-  const FloatType type = float_type(dtype);
-  run_on(device, "quant_matmul", m, weight,
-         [&] { return cuda_quant_matmul(call, type, pointer<void>(stream)); });
+  QuantMatmulPlan plan{};
+  run_on(device, "integer_matmul, its plan,", m, weight,
+         [&] { return plan_integer_matmul(weight, m, &plan); });
+  return {plan.tiles, plan.splits, plan.workspace_bytes};
 }
+
+// Of x, with x_stride elements from row to row.
+using Product = int (*)(const QuantProduct&, const void* x, int64_t x_stride, FloatType, void*);
+
+template <const char* kName, Product kProduct>
+void product(int device, Address x, int64_t x_stride, Address packed, Address scales, Address zeros,
+             Address bias, bool bias_is_fp32, Address residual, Address out, int64_t m, int64_t n,
+             int64_t k, int64_t group_size, int format, int activation, bool gated,
+             const std::string& dtype, uint32_t splits, Address workspace, Address counters,
+             Address stream) {
+  const WeightShape weight{n, k, group_size, static_cast<WeightFormat>(format)};
+  const QuantProduct call{m,
+                          weight,
+                          pointer<const uint8_t>(packed),
+                          pointer<const void>(scales),
+                          pointer<const uint8_t>(zeros),
+                          pointer<const void>(bias),
+                          bias_is_fp32,
+                          pointer<const void>(residual),
+                          pointer<void>(out),
+                          activation >= 0,
+                          static_cast<Activation>(activation),
+                          gated,
+                          splits,
+                          pointer<void>(workspace),
+                          pointer<uint32_t>(counters)};
+  const FloatType type = float_type(dtype);
+  run_on(device, kName, m, weight, [&] {
+    return kProduct(call, pointer<const void>(x), x_stride, type, pointer<void>(stream));
+  });
+}
+
+constexpr char kQuantMatmul[] = "quant_matmul", kIntegerMatmul[] = "integer_matmul";
 
 }  // namespace
 
@@ -92,7 +108,10 @@ void quant_matmul(int device, Address x, int64_t x_stride, Address packed, Addre
 
 PYBIND11_MODULE(_CUDA, module) {
   module.doc() = "CUDA kernels of llmos_fast; called by llmos_fast.native only";
-  module.def("dequantize", &llmos::dequantize, llmos::ReleaseGil());
-  module.def("quant_matmul_plan", &llmos::quant_matmul_plan, llmos::ReleaseGil());
-  module.def("quant_matmul", &llmos::quant_matmul, llmos::ReleaseGil());
+  using namespace llmos;
+  module.def("dequantize", &dequantize, ReleaseGil());
+  module.def("quant_matmul_plan", &quant_matmul_plan, ReleaseGil());
+  module.def("quant_matmul", &product<kQuantMatmul, cuda_quant_matmul>, ReleaseGil());
+  module.def("integer_matmul_plan", &integer_matmul_plan, ReleaseGil());
+  module.def("integer_matmul", &product<kIntegerMatmul, cuda_integer_matmul>, ReleaseGil());
 }

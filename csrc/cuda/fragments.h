@@ -40,6 +40,21 @@ LLMOS_HOST_DEVICE inline uint32_t stages(const WeightShape& s) {
   return static_cast<uint32_t>((s.k + kStage - 1) / kStage);
 }
 
+// Groups of 4-bit weights.
+LLMOS_HOST_DEVICE inline uint32_t groups_in_stage(const WeightShape& s) {
+  return kStage / static_cast<uint32_t>(s.group_size);
+}
+LLMOS_HOST_DEVICE constexpr uint32_t group_of_step(uint32_t groups_in_stage, uint32_t step) {
+  return step * groups_in_stage / kStageSteps;
+}
+LLMOS_HOST_DEVICE constexpr bool ends_group(uint32_t groups_in_stage, uint32_t step) {
+  return (step + 1) * groups_in_stage % kStageSteps == 0;
+}
+
+LLMOS_HOST_DEVICE inline uint32_t tiles_of_columns(const WeightShape& s) {
+  return static_cast<uint32_t>((s.n + kTileRows - 1) / kTileRows);
+}
+
 // Where the 16 bytes of a lane's first load begin in the packed weight. Those of word_of(..) begin
 // that many words of kWordBytes later, where the lane has so many.
 LLMOS_HOST_DEVICE inline int64_t first_word(const WeightShape& s, int64_t pair, uint32_t lane) {
@@ -75,6 +90,17 @@ LLMOS_HOST_DEVICE constexpr uint32_t x_row_of(uint32_t lane, uint32_t i) {
 LLMOS_HOST_DEVICE constexpr uint32_t x_place(uint32_t rows, uint32_t row, uint32_t unit) {
   return (unit / 4 * rows + row) * 4 + unit % 4;
 }
+
+// Rows of x that are rounded to int8 lie in steps, [step][row][32 of k], zeros after the last k. A
+// lane multiplies the 8 k of its own, as above, in two words.
+LLMOS_HOST_DEVICE inline int64_t steps(const WeightShape& s) { return (s.k + kStep - 1) / kStep; }
+
+LLMOS_HOST_DEVICE inline int64_t rounded_place(int64_t m, int64_t row, int64_t step) {
+  return (step * m + row) * kStep;
+}
+
+// Their scales lie in [group][row]: rows from one group to the next, whose beginnings are aligned.
+LLMOS_HOST_DEVICE inline int64_t rounded_scales(int64_t m) { return (m + 3) / 4 * 4; }
 
 // Place of a group's 16 scales, or zero points, of one panel of a pair in a warp's part of a stage.
 LLMOS_HOST_DEVICE constexpr uint32_t scale_place(uint32_t group_in_stage, uint32_t panel) {

@@ -32,6 +32,13 @@ __device__ inline uint64_t read_once_policy() {
   return policy;
 }
 
+// For data that other blocks read, too.
+__device__ inline uint64_t read_again_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // 16 bytes from global to shared memory, past the registers; zeros where nothing `exists`.
 __device__ inline void copy_async(void* shared, const void* global, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
@@ -66,14 +73,23 @@ __device__ inline void load_8_bytes(const void* source, uint32_t (&words)[2]) {
   words[0] = read.x, words[1] = read.y;
 }
 
-__device__ inline void load_16_bytes(const void* source, uint32_t (&words)[4]) {
+template <typename T>
+__device__ inline void load_16_bytes(const void* source, T (&words)[4]) {
+  static_assert(sizeof words == 16);
   const uint4 read = *static_cast<const uint4*>(source);
-  words[0] = read.x, words[1] = read.y, words[2] = read.z, words[3] = read.w;
+  memcpy(words, &read, sizeof words);
 }
 
-__device__ inline void store_8_bytes(void* target, const uint16_t (&values)[4]) {
-  *static_cast<uint2*>(target) = {values[0] | uint32_t{values[1]} << 16,
-                                  values[2] | uint32_t{values[3]} << 16};
+__device__ inline void store_8_bytes(void* target, const uint32_t (&words)[2]) {
+  *static_cast<uint2*>(target) = {words[0], words[1]};
+}
+
+template <typename T>
+__device__ inline void store_16_bytes(void* target, const T (&words)[4]) {
+  static_assert(sizeof words == 16);
+  uint4 written;
+  memcpy(&written, words, sizeof words);
+  *static_cast<uint4*>(target) = written;
 }
 
 // Bytes of b:a (b the upper four) by the four nibbles of `selector`.
@@ -125,8 +141,18 @@ __device__ inline void multiply_tile(float (&c)[4], const uint32_t (&a)[4],
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// As above for integers, a (16, 32), b (32, 8), in the fragments of mma.m16n8k32.
+__device__ inline void multiply_tile(int32_t (&c)[4], const uint32_t (&a)[4],
+                                     const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // The value of the lane whose number differs in the bits of `mask`.
-__device__ inline float exchange(float value, int mask) {
+template <typename T>
+__device__ inline T exchange(T value, int mask) {
   return __shfl_xor_sync(0xffffffff, value, mask);
 }
 
@@ -144,8 +170,20 @@ __device__ inline uint32_t arrive(uint32_t* counter) {
   return before;
 }
 
-// Of what other blocks wrote in this launch: from L2, where they met.
-__device__ inline float4 load_shared_by_blocks(const float4* source) { return __ldcg(source); }
+// 16 bytes of what other blocks wrote in this launch: from L2, where they met.
+template <typename T>
+__device__ inline void load_shared_by_blocks(const void* source, T (&words)[4]) {
+  static_assert(sizeof words == 16);
+  const uint4 read = __ldcg(static_cast<const uint4*>(source));
+  memcpy(words, &read, sizeof words);
+}
+
+__device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
+__device__ inline uint32_t bits_of(float value) { return __float_as_uint(value); }
+
+// Half to even; 0 for NaN.
+__device__ inline int32_t nearest_integer(float value) { return __float2int_rn(value); }
 
 template <FloatType kType>
 __device__ inline float widen(uint16_t bits) {

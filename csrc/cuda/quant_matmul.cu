@@ -3,8 +3,8 @@
 #include <cuda_runtime.h>
 
 #include "cuda/fragments.h"
+#include "cuda/launch_plan.h"
 #include "cuda/quant_matmul_kernels.h"
-#include "cuda/quant_matmul_plan.h"
 
 namespace llmos {
 
@@ -23,45 +23,21 @@ QuantMatmulKernel kernel_of(WeightFormat format, FloatType type, int64_t m) {
   }
 }
 
-uint32_t tiles(const WeightShape& weight) {
-  return static_cast<uint32_t>((weight.n + kTileRows - 1) / kTileRows);
-}
-
-// Blocks of the kernel that the current device runs at a time.
-cudaError_t count_slots(const QuantMatmulKernel& kernel, int* slots) {
-  int device, processors, blocks;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kThreads,
-                                                          kernel.shared_bytes);
-  if (error != cudaSuccess) return error;
-  *slots = processors * blocks;
-  return blocks > 0 ? cudaSuccess : cudaErrorLaunchOutOfResources;
-}
-
 }  // namespace
 
 int plan_quant_matmul(const WeightShape& weight, int64_t m, FloatType type, QuantMatmulPlan* plan) {
   const QuantMatmulKernel kernel = kernel_of(weight.format, type, m);
-  cudaError_t error = cudaFuncSetAttribute(
-      kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
-  int slots = 0;
-  if (error == cudaSuccess) error = count_slots(kernel, &slots);
-  if (error != cudaSuccess) return error;
-  plan->tiles = tiles(weight);
-  const uint32_t rows = kernel.x_tiles * kXTile;
-  plan->splits = choose_splits(plan->tiles, stages(weight), slots, rows);
-  const int64_t parts = plan->splits > 1 ? int64_t{plan->tiles} * plan->splits : 0;
-  plan->partial_floats = parts * kTileRows * rows;
-  return cudaSuccess;
+  const auto function = reinterpret_cast<const void*>(kernel.function);
+  return plan_launch({function, kThreads, kernel.shared_bytes}, tiles_of_columns(weight),
+                     kernel.x_tiles * kXTile, weight, plan);
 }
 
-int cuda_quant_matmul(const CudaQuantMatmul& call, FloatType type, void* stream) {
-  const QuantMatmulKernel kernel = kernel_of(call.weight.format, type, call.m);
-  const dim3 grid(tiles(call.weight), call.splits);
-  kernel.function<<<grid, kThreads, kernel.shared_bytes, static_cast<cudaStream_t>(stream)>>>(call);
+int cuda_quant_matmul(const QuantProduct& product, const void* x, int64_t x_stride, FloatType type,
+                      void* stream) {
+  const QuantMatmulKernel kernel = kernel_of(product.weight.format, type, product.m);
+  const dim3 grid(tiles_of_columns(product.weight), product.splits);
+  kernel.function<<<grid, kThreads, kernel.shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+      {product, static_cast<const uint16_t*>(x), x_stride});
   return cudaGetLastError();
 }
 

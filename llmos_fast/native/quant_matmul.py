@@ -216,18 +216,16 @@ def unsupported(
         return reason
     if x.dtype == torch.float64:
         return "computes in fp32: it needs float32, bfloat16 or float16, got float64"
-    integer = rounds_activations(qweight.scheme)
+    if qweight.scheme == "int8" and x.shape[-1] > _MAX_INTEGER_K:
+        return f"sums in int32: it needs K <= {_MAX_INTEGER_K}, got {x.shape[-1]}"
     if x.is_cpu:
-        whole_rows = format_of(qweight.scheme) == "int8"
-        if integer and whole_rows and x.shape[-1] > _MAX_INTEGER_K:
-            return f"sums in int32: it needs K <= {_MAX_INTEGER_K}, got {x.shape[-1]}"
         return None
     if x.device.type != "cuda":
         return f"needs a CPU or CUDA tensor, got {x.device.type}"
     if not cuda.is_built():
         return "needs the CUDA extension, which was not built (no nvcc at install time)"
-    if integer or format_of(qweight.scheme) == "fp8":
-        return f"takes int8, int4, int4_asym and nf4 with _a16 on CUDA, got {qweight.scheme}"
+    if format_of(qweight.scheme) == "fp8":
+        return f"takes int8, int4, int4_asym and nf4 on CUDA, got {qweight.scheme}"
     return self_test.refusal(x.device, qweight.scheme, x.dtype)
 
 

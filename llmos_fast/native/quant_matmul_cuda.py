@@ -1,4 +1,8 @@
-"""quant_matmul on csrc/cuda: up to 64 rows by a kernel of its own, more as a dense weight."""
+"""quant_matmul on csrc/cuda.
+
+Rounded activations multiply stored weights; floating-point ones, up to 64 rows of them, likewise,
+and more of them a dense weight.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmos_fast.native.common import FORMAT_CODES, address, contiguous
+from llmos_fast.native.common import FORMAT_CODES, address, contiguous, rows_contiguous
+from llmos_fast.quantize import rounds_activations
 from llmos_fast.reference.quant_matmul import finish
 
 try:
@@ -64,12 +69,14 @@ def product(
     activation: str,
     gated: bool,
 ) -> Tensor:
-    """The contract of ``ops.quant_matmul`` for weights of "_a16" schemes that lie in panels."""
+    """The contract of ``ops.quant_matmul`` for weights that lie in panels."""
     k = x.shape[-1]
     rows = x.numel() // k
+    rest = (packed, scales, zero_points, bias, residual, scheme, group_size, n, activation, gated)
+    if rounds_activations(scheme):
+        return rounded_rows(x, *rest)
     if 0 < rows <= MAX_ROWS and multiplies(x.device, x.dtype):
-        rest = (scheme, group_size, n, activation, gated)
-        return few_rows(x, packed, scales, zero_points, bias, residual, *rest)
+        return few_rows(x, *rest)
     weight = dequantize(packed, scales, zero_points, scheme, group_size, n, k, x.dtype)
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return finish(y, activation or None, gated, residual)
@@ -77,10 +84,14 @@ def product(
 
 @lru_cache
 def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for few rows: 16 bits, and an SM with the memory of an A100."""
+    """Whether there is a kernel for few rows in floating point: of 16 bits."""
+    return dtype.itemsize == 2 and has_room(device)
+
+
+def has_room(device: torch.device) -> bool:
+    """Whether an SM has the shared memory of an A100: that of many other GPUs is 100 KB."""
     properties = torch.cuda.get_device_properties(device)
-    # that of many other GPUs is 100 KB
-    return dtype.itemsize == 2 and properties.shared_memory_per_multiprocessor >= 164 * 1024
+    return bool(properties.shared_memory_per_multiprocessor >= 164 * 1024)
 
 
 def few_rows(
@@ -97,22 +108,58 @@ def few_rows(
     gated: bool,
 ) -> Tensor:
     """As ``product``, for 1 to MAX_ROWS rows where the GPU ``multiplies``."""
-    k = x.shape[-1]
-    rows = aligned_rows(x)
+    rest = (packed, scales, zero_points, bias, residual, scheme, group_size, n, activation, gated)
+    return _launch("quant_matmul", x, aligned_rows(x), *rest)
+
+
+def rounded_rows(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scheme: str,
+    group_size: int,
+    n: int,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """As ``product``, for schemes that round activations and a GPU that ``has_room``."""
+    rest = (packed, scales, zero_points, bias, residual, scheme, group_size, n, activation, gated)
+    return _launch("integer_matmul", x, rows_contiguous(x.reshape(-1, x.shape[-1])), *rest)
+
+
+def _launch(
+    kernel: str,
+    x: Tensor,
+    rows: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scheme: str,
+    group_size: int,
+    n: int,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """The kernel's result for ``rows``, which are those of x."""
     # named until the launch, as above
     packed, scales = _aligned(packed), _aligned(scales)
     zero_points = None if zero_points is None else _aligned(zero_points)
     bias, residual = contiguous(bias), contiguous(residual)
     out = x.new_empty((*x.shape[:-1], n // 2 if gated else n))
-    shape = (rows.shape[0], n, k, group_size, FORMAT_CODES[scheme])
+    if out.numel() == 0:
+        return out
+    shape = (rows.shape[0], n, x.shape[-1], group_size, FORMAT_CODES[scheme])
     dtype = str(x.dtype)[6:]
     with torch.cuda.device(x.device):
-        tiles, splits, partial_floats = _plan(x.device.index, *shape, dtype)
-        partials = counters = None
-        if splits > 1:
-            partials = torch.empty(partial_floats, dtype=torch.float32, device=x.device)
-            counters = _zero_counters(tiles, x.device)
-        _CUDA.quant_matmul(
+        tiles, splits, workspace_bytes = _plan(kernel, x.device.index, *shape, dtype)
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device)
+        counters = _zero_counters(tiles, x.device) if splits > 1 else None
+        getattr(_CUDA, kernel)(
             x.device.index,
             rows.data_ptr(),
             rows.stride(0),
@@ -128,7 +175,7 @@ def few_rows(
             gated,
             dtype,
             splits,
-            address(partials),
+            address(workspace),
             address(counters),
             torch.cuda.current_stream().cuda_stream,
         )
@@ -148,9 +195,9 @@ def aligned_rows(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _plan(*call: int | str) -> tuple[int, int, int]:
-    """(tiles, parts of each, floats of their results)."""
-    plan: tuple[int, int, int] = _CUDA.quant_matmul_plan(*call)
+def _plan(kernel: str, *call: int | str) -> tuple[int, int, int]:
+    """(tiles, parts of each, bytes of workspace)."""
+    plan: tuple[int, int, int] = getattr(_CUDA, f"{kernel}_plan")(*call)
     return plan
 
 

@@ -2,7 +2,7 @@
 
 Integers and powers of two have one right product, however it is summed: the kernels have to give
 exactly what plain torch gives in float64 from the weight's definition, for each of them, off every
-tile, with and without parts of k, again and again. A process asks once for each GPU, format and
+tile, with and without parts of k, again and again. A process asks once for each GPU, scheme and
 dtype.
 """
 
@@ -19,12 +19,19 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from llmos_fast.formats import FOUR_BIT
 from llmos_fast.native import quant_matmul_cuda as cuda
-from llmos_fast.quantize import GROUP_SIZES, QuantizedWeight, format_of, from_codes
-from llmos_fast.reference.quant_matmul import finish
+from llmos_fast.quantize import (
+    GROUP_SIZES,
+    QuantizedWeight,
+    format_of,
+    from_codes,
+    rounds_activations,
+)
+from llmos_fast.reference.quant_matmul import finish, round_to_int8
 
 # n, k and whether pairs are gated: many parts of k, and one; off every tile
 SIZES = ((2064, 4104, False), (2080, 4104, True), (300, 43, False))
 ROWS = (1, 13, 27, 64)  # of x: one for each kernel
+MANY_ROWS = 150  # several tiles of rows, for kernels that have them
 ROUNDS = 10
 
 Function = Callable[..., Tensor]
@@ -39,8 +46,9 @@ def refusal(device: torch.device, scheme: str, dtype: torch.dtype) -> str | None
     While tensors are fake nothing can be tested: the operator asks again when it runs. A CUDA graph
     that is captured before the test gets the reference.
     """
-    name = format_of(scheme)
-    key = device, name, dtype
+    if not rounds_activations(scheme):
+        scheme = f"{format_of(scheme)}_a16"
+    key = device, scheme, dtype
     if key not in _verdicts:
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return None
@@ -49,7 +57,7 @@ def refusal(device: torch.device, scheme: str, dtype: torch.dtype) -> str | None
         with _lock:
             if key not in _verdicts:
                 try:
-                    _verdicts[key] = _verdict(device, name, dtype)
+                    _verdicts[key] = _verdict(device, scheme, dtype)
                 except torch.OutOfMemoryError:
                     return "needs more free memory on the GPU for its self-test"
     return _verdicts[key]
@@ -59,10 +67,16 @@ def refusal(device: torch.device, scheme: str, dtype: torch.dtype) -> str | None
 refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _verdict(device: torch.device, name: str, dtype: torch.dtype) -> str | None:
-    product = cuda.few_rows if cuda.multiplies(device, dtype) else None
+def _verdict(device: torch.device, scheme: str, dtype: torch.dtype) -> str | None:
+    product: Function | None = None
+    if rounds_activations(scheme):
+        if not cuda.has_room(device):
+            return f"needs 164 KB of shared memory in an SM for {scheme}"
+        product = cuda.rounded_rows
+    elif cuda.multiplies(device, dtype):
+        product = cuda.few_rows
     try:
-        if passes(product, cuda.dequantize, device, f"{name}_a16", dtype):
+        if passes(product, cuda.dequantize, device, scheme, dtype):
             return None
         failure = "gives results that are not exact"
     except torch.OutOfMemoryError:
@@ -70,7 +84,7 @@ def _verdict(device: torch.device, name: str, dtype: torch.dtype) -> str | None:
     except RuntimeError as error:
         failure = str(error)
     gpu = torch.cuda.get_device_name(device)
-    reason = f"fails its self-test for {name} and {dtype} on the {gpu}: {failure}"
+    reason = f"fails its self-test for {scheme} and {dtype} on the {gpu}: {failure}"
     warnings.warn(f"llmos_fast: quant_matmul in CUDA {reason}; it is not used", stacklevel=2)
     return reason
 
@@ -85,6 +99,7 @@ def passes(
     """Whether these functions, in the place of quant_matmul_cuda's, give exact results."""
     wrong = torch.zeros((), dtype=torch.bool, device=device)
     random = torch.Generator(device).manual_seed(0)
+    rounded = rounds_activations(scheme)
     for (n, k, gated), group_size in itertools.product(SIZES, GROUP_SIZES):
         weight = _weight(random, n, k, scheme, group_size)
         parts, group_size = (weight.packed, weight.scales, weight.zero_points), weight.group_size
@@ -92,9 +107,14 @@ def passes(
         wrong |= (dequantize(*parts, scheme, group_size, n, k, dtype) != dense).any()
         if product is None:
             continue
-        for rows in ROWS:
+        for rows in (*ROWS, MANY_ROWS) if rounded else ROWS:
             x, bias, residual = _inputs(random, rows, n, k, gated, dtype)
-            y = x.double() @ dense.double().T + bias.double()
+            wide = x.double()
+            if rounded:
+                x = _with_scales_of_one(x, group_size)
+                integers, x_scales = round_to_int8(x, group_size)
+                wide = integers.double() * x_scales.double()
+            y = (wide @ dense.double().T + bias.double()).float()
             expected = finish(y, "relu" if gated else None, gated, residual).to(dtype)
             rest = (bias, residual, scheme, group_size, n, "relu" if gated else "", gated)
             for _ in range(ROUNDS):
@@ -130,3 +150,10 @@ def _inputs(
     x = (signs * (_integers(random, 0, 7, rows, k) == 0)).to(dtype)
     bias = (_integers(random, -4, 4, n) / 64).to(dtype)
     return x, bias, None if gated else (_integers(random, -4, 4, rows, n) / 64).to(dtype)
+
+
+def _with_scales_of_one(x: Tensor, group_size: int) -> Tensor:
+    """Halfway between integers where x is not 0, and 127 in every group."""
+    x = 2.5 * x
+    x[:, ::group_size] = 127
+    return x

@@ -6,6 +6,7 @@
 
 #include "cuda/quant_matmul_instances.cuh"
 #include "cuda/quant_matmul_plan.h"
+#include "product_problem.h"
 
 using namespace llmos;
 
@@ -13,24 +14,6 @@ namespace {
 
 constexpr WeightFormat kFormats[] = {WeightFormat::kInt8, WeightFormat::kInt4,
                                      WeightFormat::kInt4Asym, WeightFormat::kNf4};
-
-struct Random {
-  uint64_t state = 1;
-  uint32_t bits() {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return state >> 33;
-  }
-  int below(int end) { return bits() % end; }
-};
-
-uint16_t narrow_of(FloatType type, float value) {
-  return type == FloatType::kBf16 ? narrow<FloatType::kBf16>(value)
-                                  : narrow<FloatType::kFp16>(value);
-}
-
-float widen_of(FloatType type, uint16_t bits) {
-  return type == FloatType::kBf16 ? widen<FloatType::kBf16>(bits) : widen<FloatType::kFp16>(bits);
-}
 
 QuantMatmulKernel kernel_of(WeightFormat format, FloatType type, int64_t m) {
   switch (format) {
@@ -45,149 +28,37 @@ QuantMatmulKernel kernel_of(WeightFormat format, FloatType type, int64_t m) {
   }
 }
 
-struct Case {
-  WeightFormat format;
-  FloatType type;
-  int64_t m, n, k, group_size;
-  uint32_t splits;
-  bool gated, bias, bias_is_fp32, residual, relu;
-};
-
-class Problem {
+class Problem : public ProductProblem {
  public:
   explicit Problem(const Case& c)
-      : c_(c),
-        shape_{c.n, c.k, c.group_size, c.format},
-        columns_(c.gated ? c.n / 2 : c.n),
-        x_stride_((c.k + 7) / 8 * 8 + 8),
-        packed_(panels(shape_) * words(shape_) * kWordBytes, 0),
-        scales_(panels(shape_) * groups(shape_) * kPanel * (is_4bit(c.format) ? 2 : 4), 0),
-        zeros_(panels(shape_) * groups(shape_) * kPanel, 0),
-        bias_(c.n * 4, 0),
-        residual_(c.m * columns_ * 2, 0),
-        x_(((c.m - 1) * x_stride_ + (c.k + 7) / 8 * 8) * 2, 0) {
-    fill();
-    define();
+      : ProductProblem(c),
+        filled_((c.k + 7) / 8 * 8),
+        x_stride_(filled_ + 8),
+        x_(((c.m - 1) * x_stride_ + filled_) * 2, 0) {
+    // few of each row: the product of a gate and its partner has to fit fp16
+    for (int64_t i = 0; i < (c.m - 1) * x_stride_ + filled_; ++i) {
+      const int64_t column = i % x_stride_;
+      const float value = random_.below(8) == 0 ? random_.below(3) - 1 : 0;
+      store_value(c.type, x_.data(), i, column < c.k ? value : 0);
+      if (column >= filled_) halves()[i] = 0x7fff;  // NaN must not be read
+    }
+    define(
+        [&](int64_t row, int64_t k) { return load_value(c.type, x_.data(), row * x_stride_ + k); });
   }
 
   bool holds(bool late, bool backward) {
-    simt::machine.late = late, simt::machine.backward = backward;
     const QuantMatmulKernel kernel = kernel_of(c_.format, c_.type, c_.m);
-    const auto tiles = static_cast<uint32_t>((c_.n + kTileRows - 1) / kTileRows);
-    const size_t partial_bytes =
-        size_t{tiles} * c_.splits * kTileRows * kernel.x_tiles * kXTile * 4;
-    Guarded partials(c_.splits > 1 ? partial_bytes : 0, 0), counters(tiles * 4, 0);
-    Guarded out(c_.m * columns_ * 2, 0);
-    std::memset(counters.data(), 0, tiles * 4);
-    const CudaQuantMatmul call{reinterpret_cast<uint16_t*>(x_.data()),
-                               x_stride_,
-                               packed_.data(),
-                               scales_.data(),
-                               c_.format == WeightFormat::kInt4Asym ? zeros_.data() : nullptr,
-                               c_.bias ? bias_.data() : nullptr,
-                               c_.bias_is_fp32,
-                               c_.residual ? halves(residual_) : nullptr,
-                               halves(out),
-                               c_.m,
-                               shape_,
-                               c_.relu,
-                               Activation::relu,
-                               c_.gated,
-                               c_.splits,
-                               reinterpret_cast<float*>(partials.data()),
-                               reinterpret_cast<uint32_t*>(counters.data())};
-    const bool inside = simt::run_grid({tiles, c_.splits}, kThreads, kernel.shared_bytes,
-                                       [&] { kernel.function(call); });
-    if (!inside) return report("memory beside the shared memory changed");
-    for (Guarded* memory :
-         {&packed_, &scales_, &zeros_, &bias_, &residual_, &x_, &partials, &counters, &out})
-      if (!memory->guards_hold()) return report("memory beside a buffer changed");
-    for (uint32_t i = 0; i < tiles; ++i)
-      if (call.counters[i] != 0) return report("a counter is not 0 again");
-    for (int64_t i = 0; i < c_.m * columns_; ++i)
-      if (widen_of(c_.type, halves(out)[i]) != expected_[i]) {
-        std::printf("row %d column %d: got %g, expected %g\n", int(i / columns_), int(i % columns_),
-                    widen_of(c_.type, halves(out)[i]), expected_[i]);
-        return report("wrong result");
-      }
-    return true;
+    const Launch launch{tiles_of_columns(shape_), kernel.x_tiles * kXTile, kernel.shared_bytes};
+    return ProductProblem::holds(launch, {&x_}, late, backward, [&](const QuantProduct& product) {
+      kernel.function({product, halves(), x_stride_});
+    });
   }
 
  private:
-  static uint16_t* halves(Guarded& memory) { return reinterpret_cast<uint16_t*>(memory.data()); }
+  uint16_t* halves() { return reinterpret_cast<uint16_t*>(x_.data()); }
 
-  void fill() {
-    for (int64_t i = 0; i < panels(shape_) * words(shape_) * kWordBytes; ++i)
-      packed_.data()[i] = random_.bits();
-    for (int64_t i = 0; i < panels(shape_) * groups(shape_) * kPanel; ++i) {
-      const float scale = std::ldexp(random_.below(2) ? 1 : -1, random_.below(3));
-      if (is_4bit(c_.format))
-        halves(scales_)[i] = narrow<FloatType::kBf16>(scale);
-      else
-        reinterpret_cast<float*>(scales_.data())[i] = scale;
-      zeros_.data()[i] = random_.below(16);
-    }
-    for (int64_t i = 0; i < c_.n; ++i)
-      if (c_.bias_is_fp32)
-        reinterpret_cast<float*>(bias_.data())[i] = random_.below(9) - 4;
-      else
-        halves(bias_)[i] = narrow_of(c_.type, random_.below(9) - 4);
-    for (int64_t i = 0; i < c_.m * columns_; ++i)
-      halves(residual_)[i] = narrow_of(c_.type, random_.below(9) - 4);
-    // few of each row: the product of a gate and its partner has to fit fp16
-    for (int64_t i = 0; i < (c_.m - 1) * x_stride_ + (c_.k + 7) / 8 * 8; ++i) {
-      const int64_t column = i % x_stride_;
-      const float value = random_.below(8) == 0 ? random_.below(3) - 1 : 0;
-      halves(x_)[i] = column < c_.k ? narrow_of(c_.type, value) : 0;
-      if (column >= (c_.k + 7) / 8 * 8) halves(x_)[i] = 0x7fff;  // NaN must not be read
-    }
-  }
-
-  double product(int64_t x_row, int64_t row) {
-    double sum = 0;
-    for (int64_t k = 0; k < c_.k; ++k) {
-      const int64_t at = scale_index(shape_, row, k);
-      const float x = widen_of(c_.type, halves(x_)[x_row * x_stride_ + k]);
-      if (x == 0) continue;
-      float level = level_of(c_.format, code_at(shape_, packed_.data(), row, k), zeros_.data()[at]);
-      if (c_.format == WeightFormat::kNf4) level = widen_of(c_.type, narrow_of(c_.type, level));
-      const float scale = is_4bit(c_.format) ? widen<FloatType::kBf16>(halves(scales_)[at])
-                                             : reinterpret_cast<float*>(scales_.data())[at];
-      sum += double{x} * level * scale;
-    }
-    if (!c_.bias) return sum;
-    return sum + (c_.bias_is_fp32 ? reinterpret_cast<float*>(bias_.data())[row]
-                                  : widen_of(c_.type, halves(bias_)[row]));
-  }
-
-  void define() {
-    for (int64_t x_row = 0; x_row < c_.m; ++x_row)
-      for (int64_t column = 0; column < columns_; ++column) {
-        const int64_t row = c_.gated ? column / kPanel * 2 * kPanel + column % kPanel : column;
-        double y = product(x_row, row);
-        if (c_.relu) y = std::max(y, 0.0);
-        if (c_.gated) y *= product(x_row, row + kPanel);
-        if (c_.residual) y += widen_of(c_.type, halves(residual_)[x_row * columns_ + column]);
-        expected_.push_back(widen_of(c_.type, narrow_of(c_.type, static_cast<float>(y))));
-      }
-  }
-
-  bool report(const char* what) {
-    std::printf(
-        "FAILED: %s: format %d type %d m %d n %d k %d group %d splits %d%s%s%s%s, copies %s, %s\n",
-        what, int(c_.format), int(c_.type), int(c_.m), int(c_.n), int(c_.k), int(c_.group_size),
-        int(c_.splits), c_.gated ? " gated" : "", c_.bias ? " bias" : "",
-        c_.residual ? " residual" : "", c_.relu ? " relu" : "",
-        simt::machine.late ? "late" : "at once", simt::machine.backward ? "backward" : "forward");
-    return false;
-  }
-
-  Case c_;
-  WeightShape shape_;
-  int64_t columns_, x_stride_;
-  Random random_;
-  Guarded packed_, scales_, zeros_, bias_, residual_, x_;
-  std::vector<float> expected_;
+  int64_t filled_, x_stride_;
+  Guarded x_;
 };
 
 // Every element of a weight is found once: by the lane, in the word and at the place of a pair that
@@ -288,13 +159,7 @@ std::vector<Case> cases() {
   std::vector<Case> all;
   Random random;
   const auto add = [&](WeightFormat format, FloatType type, int64_t m, int64_t n, int64_t k) {
-    const bool gated = random.below(3) == 0;
-    if (gated) n = (n + 31) / 32 * 32;
-    const auto stages = static_cast<int>((k + kStage - 1) / kStage);
-    const int64_t group_size = is_4bit(format) ? 32 << random.below(3) : k;
-    const uint32_t splits = 1 + random.below(stages);
-    all.push_back({format, type, m, n, k, group_size, splits, gated, random.below(2) == 0,
-                   random.below(2) == 0, random.below(2) == 0, random.below(2) == 0});
+    all.push_back(random_case(random, format, type, m, n, k));
   };
   for (const WeightFormat format : kFormats)
     for (const FloatType type : {FloatType::kBf16, FloatType::kFp16}) {

@@ -78,7 +78,7 @@ def test_on_arm(arm_program, cpu, sets):
     assert ", 0 failed" in output
 
 
-@pytest.mark.parametrize("name", ["quant_matmul", "dequantize"])
+@pytest.mark.parametrize("name", ["quant_matmul", "integer_matmul", "round_rows", "dequantize"])
 def test_cuda_kernels_on_a_simulated_gpu(name, tmp_path):
     """The kernels' own source, with the instructions of tests/csrc/simt."""
     folder, program = Path(__file__).parent, str(tmp_path / "program")

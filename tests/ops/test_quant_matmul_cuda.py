@@ -9,12 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llmos_fast.native import quant_matmul as native
 from llmos_fast.native import quant_matmul_cuda as cuda
 from llmos_fast.native import quant_matmul_self_test as self_test
-from llmos_fast.quantize import QuantizedWeight, quantize
-from llmos_fast.reference.quant_matmul import finish
+from llmos_fast.quantize import QuantizedWeight, quantize, rounds_activations
+from llmos_fast.reference.quant_matmul import finish, round_to_int8
 from llmos_fast.testing import random
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SCHEMES = ["int8_a16", "int4_a16", "int4_asym_a16", "nf4_a16"]
+ROUNDED = ["int8", "int4", "int4_asym"]
 
 
 @pytest.fixture
@@ -26,19 +27,31 @@ def small(monkeypatch):
 def right(x, packed, scales, zeros, bias, residual, scheme, group_size, n, activation, gated):
     """As the kernels: rounded levels, sums in fp32, rounded once."""
     weight = QuantizedWeight(packed, scales, zeros, scheme, group_size, (n, x.shape[-1]))
-    y = x.float() @ weight.dequantize(x.dtype).float().T + bias.float()
+    wide = x.float()
+    if rounds_activations(scheme):
+        integers, x_scales = round_to_int8(x, group_size)
+        wide = integers * x_scales
+    y = wide @ weight.dequantize(x.dtype).float().T + bias.float()
     y = finish(y, activation or None, gated, None if residual is None else residual.float())
     return y.to(x.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES + ROUNDED)
 def test_what_is_right_passes(small, scheme, dtype):
-    product = None if dtype == torch.float32 else right
+    product = None if dtype == torch.float32 and scheme in SCHEMES else right
     assert self_test.passes(product, native._dequantize, CPU, scheme, dtype)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ROUNDED)
+def test_rounding_half_up_fails(small, scheme):
+    def half_up(x, *rest):
+        return right((x + 1e-3).float(), *rest).to(x.dtype)
+
+    assert not self_test.passes(half_up, native._dequantize, CPU, scheme, torch.float32)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES + ROUNDED)
 def test_one_wrong_result_fails(small, scheme):
     def once_wrong(x, *rest):
         y = right(x, *rest)
@@ -62,6 +75,7 @@ def verdicts(monkeypatch):
     monkeypatch.setattr(self_test, "_verdicts", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H9000")
     monkeypatch.setattr(cuda, "multiplies", lambda device, dtype: True)
+    monkeypatch.setattr(cuda, "has_room", lambda device: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return self_test._verdicts
 
@@ -81,9 +95,16 @@ def answers(monkeypatch, answer):
 
 def test_a_gpu_is_asked_once(monkeypatch, verdicts):
     asked = answers(monkeypatch, True)
-    for scheme in ("int4", "int4_a16", "nf4", "int4_a16"):
+    for scheme in ("int4", "int4_a16", "nf4", "int4_a16", "int4", "nf4_a16"):
         assert self_test.refusal(GPU, scheme, torch.bfloat16) is None
-    assert asked == [(GPU, f"{name}_a16", torch.bfloat16) for name in ("int4", "nf4")]
+    assert asked == [(GPU, scheme, torch.bfloat16) for scheme in ("int4", "int4_a16", "nf4_a16")]
+
+
+def test_rounded_activations_need_the_shared_memory_of_an_a100(monkeypatch, verdicts):
+    asked = answers(monkeypatch, True)
+    monkeypatch.setattr(cuda, "has_room", lambda device: False)
+    assert "164 KB of shared memory" in self_test.refusal(GPU, "int8", torch.bfloat16)
+    assert asked == []
 
 
 @pytest.mark.parametrize(
@@ -96,7 +117,7 @@ def test_a_gpu_is_asked_once(monkeypatch, verdicts):
 )
 def test_a_failure_is_named_and_remembered(monkeypatch, verdicts, answer, sentence):
     asked = answers(monkeypatch, answer)
-    with pytest.warns(UserWarning, match=f"fails its self-test for nf4 .*H9000: .*{sentence}"):
+    with pytest.warns(UserWarning, match=f"fails its self-test for nf4_a16 .*H9000: .*{sentence}"):
         reason = self_test.refusal(GPU, "nf4", torch.float16)
     assert sentence in reason
     assert self_test.refusal(GPU, "nf4", torch.float16) == reason
@@ -166,6 +187,38 @@ def test_few_rows_have_a_kernel_where_it_fits(monkeypatch, rows, dtype, room, ch
     assert out.shape == few.shape
 
 
+@pytest.mark.parametrize("rows", [0, 1, 65])
+def test_rounded_rows_have_a_kernel_whatever_their_number(monkeypatch, rows):
+    weight = quantize(random(32, 40), "int4", 32)
+    monkeypatch.setattr(cuda, "rounded_rows", lambda x, *rest: x.new_zeros(()))
+    rest = (weight.zero_points, None, None, "int4", 32, 32, "", False)
+    assert cuda.product(random(rows, 40), weight.packed, weight.scales, *rest).shape == ()
+
+
+def test_no_rows_need_no_launch():
+    weight, x = quantize(random(32, 40), "int8"), random(2, 0, 40)
+    rest = (None, None, None, "int8", 40, 32, "", False)
+    assert cuda.rounded_rows(x, weight.packed, weight.scales, *rest).shape == (2, 0, 32)
+
+
+def test_what_is_refused_on_cuda(monkeypatch, verdicts):
+    answers(monkeypatch, True)
+    monkeypatch.setattr(cuda, "is_built", lambda: True)
+
+    def reason(scheme, k=40):
+        x = SimpleNamespace(
+            dtype=torch.bfloat16, shape=(1, k), is_cpu=False, device=torch.device("cuda", 0)
+        )
+        rest = dict.fromkeys(("bias", "activation", "residual"))
+        weight = SimpleNamespace(scheme=scheme)
+        return native.unsupported(x=x, qweight=weight, gated=False, **rest)
+
+    assert [reason(scheme) for scheme in SCHEMES + ROUNDED] == [None] * 7
+    assert "takes int8, int4, int4_asym and nf4 on CUDA" in reason("fp8")
+    assert "K <= 131072" in reason("int8", 131073)
+    assert reason("int8_a16", 131073) is None
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where CUDA fails")
 def test_errors_name_the_kernel_and_the_shape():
     extension = pytest.importorskip("llmos_fast._CUDA", reason="the CUDA extension was not built")
@@ -173,5 +226,8 @@ def test_errors_name_the_kernel_and_the_shape():
     with pytest.raises(RuntimeError, match=r"quant_matmul, its plan, of 2 rows and a \(48, 256\)"):
         extension.quant_matmul_plan(0, *sizes, "bfloat16")
     pointers = (0, 256, 0, 0, 0, 0, False, 0, 0)
-    with pytest.raises(RuntimeError, match=r"kernel quant_matmul of 2 rows and a \(48, 256\) weig"):
-        extension.quant_matmul(0, *pointers, *sizes, -1, False, "bfloat16", 1, 0, 0, 0)
+    with pytest.raises(RuntimeError, match=r"integer_matmul, its plan, of 2 rows and a \(48"):
+        extension.integer_matmul_plan(0, *sizes, "bfloat16")
+    for kernel in ("quant_matmul", "integer_matmul"):
+        with pytest.raises(RuntimeError, match=rf"kernel {kernel} of 2 rows and a \(48, 256\)"):
+            getattr(extension, kernel)(0, *pointers, *sizes, -1, False, "bfloat16", 1, 0, 0, 0)

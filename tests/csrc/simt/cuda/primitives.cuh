@@ -4,12 +4,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <type_traits>
 
-#include "cpu/bf16.h"
+#include "cpu/bf16.h"  // and float_of, bits_of
 #include "cuda/float_type.h"
 #include "simt.h"
 
 namespace llmos {
+
+inline int32_t nearest_integer(float value) {
+  return std::isnan(value) ? 0 : static_cast<int32_t>(std::nearbyint(value));
+}
 
 template <FloatType kType>
 float widen(uint16_t bits) {
@@ -45,6 +50,7 @@ float half_of(uint32_t pair, int i) {
 
 inline uint8_t* shared_memory() { return simt::machine.shared->data(); }
 inline uint64_t read_once_policy() { return 1; }
+inline uint64_t read_again_policy() { return 2; }
 
 inline void copy_async(void* shared, const void* global, bool exists) {
   const simt::Copy copy{static_cast<uint8_t*>(shared),
@@ -85,11 +91,20 @@ inline uint32_t load_4_bytes(const void* source) {
   return word[0];
 }
 inline void load_8_bytes(const void* source, uint32_t (&words)[2]) { load_words(source, words); }
-inline void load_16_bytes(const void* source, uint32_t (&words)[4]) { load_words(source, words); }
+template <typename T>
+void load_16_bytes(const void* source, T (&words)[4]) {
+  load_words(source, words);
+}
 
-inline void store_8_bytes(void* target, const uint16_t (&values)[4]) {
-  if (reinterpret_cast<uintptr_t>(target) % 8 != 0) std::abort();
-  std::memcpy(target, values, 8);
+template <typename T>
+void store_words(void* target, const T& words) {
+  if (reinterpret_cast<uintptr_t>(target) % sizeof words != 0) std::abort();
+  std::memcpy(target, words, sizeof words);
+}
+inline void store_8_bytes(void* target, const uint32_t (&words)[2]) { store_words(target, words); }
+template <typename T>
+void store_16_bytes(void* target, const T (&words)[4]) {
+  store_words(target, words);
 }
 
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
@@ -149,11 +164,42 @@ void multiply_tile(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
   });
 }
 
-inline float exchange(float value, int mask) {
-  float result[2] = {value, 0};
+// Fragments of mma.m16n8k32 (9.7.15.5.10): as above, but a register of a or b holds four k, from
+// 4t or 4t + 16 on, where the ones above hold two.
+struct IntegerOperands {
+  int32_t* c;
+  const uint32_t* a;
+  const uint32_t* b;
+};
+
+inline void multiply_tile(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  IntegerOperands mine{c, a, b};
+  simt::meet_warp(&mine, [](void** brought) {
+    int left[16][32], right[32][8];
+    const auto of = [&](int lane) { return static_cast<IntegerOperands*>(brought[lane]); };
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int g = lane / 4, k = lane % 4 * 4 + i;
+        const auto byte = [i](uint32_t word) { return static_cast<int8_t>(word >> (8 * i)); };
+        for (int r = 0; r < 4; ++r) left[g + r % 2 * 8][k + r / 2 * 16] = byte(of(lane)->a[r]);
+        for (int r = 0; r < 2; ++r) right[k + r * 16][g] = byte(of(lane)->b[r]);
+      }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        int sum = 0;
+        for (int k = 0; k < 32; ++k)
+          sum += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
+        of(lane)->c[i] += sum;
+      }
+  });
+}
+
+template <typename T>
+T exchange(T value, int mask) {
+  T result[2] = {value, 0};
   simt::meet_warp(result, [mask](void** brought) {
     for (int lane = 0; lane < 32; ++lane)
-      static_cast<float*>(brought[lane])[1] = static_cast<float*>(brought[lane ^ mask])[0];
+      static_cast<T*>(brought[lane])[1] = static_cast<T*>(brought[lane ^ mask])[0];
   });
   return result[1];
 }
@@ -169,15 +215,13 @@ inline uint32_t arrive(uint32_t* counter) {
   return before;
 }
 
-// Memory that nobody has written is all ones.
-inline float4 load_shared_by_blocks(const float4* source) {
-  uint32_t words[4];
+// Floats that nobody has written are all ones.
+template <typename T>
+void load_shared_by_blocks(const void* source, T (&words)[4]) {
   load_words(source, words);
-  for (const uint32_t word : words)
-    if (word == ~0u) std::abort();
-  float4 four;
-  std::memcpy(&four, words, sizeof four);
-  return four;
+  const uint32_t unwritten = ~0u;
+  for (const T& word : words)
+    if (std::is_same<T, float>::value && std::memcmp(&word, &unwritten, 4) == 0) std::abort();
 }
 
 }  // namespace llmos

@@ -1,0 +1,275 @@
+// The kernel of integer_matmul.h. Weights are read as in quant_matmul_kernel.cuh; one that has many
+// rows of x to multiply gives each warp several pairs of panels, and x to several rows of warps.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/epilogue.cuh"
+#include "cuda/integer_matmul.h"
+#include "cuda/pipeline.cuh"
+#include "cuda/unpack_integers.cuh"
+#include "cuda/weight_stage.cuh"
+
+namespace llmos {
+
+// A stage of the ring in shared memory: the weight's parts, x behind the weights, its scales last.
+// The tile's rows of x are kXTiles times 8 for each of kXWarps.
+template <WeightFormat kFormat, uint32_t kXWarps, uint32_t kXTiles>
+struct IntegerRing : WeightStage<kFormat> {
+  using Stage = WeightStage<kFormat>;
+  static constexpr uint32_t kRows = kXWarps * kXTiles * kXTile;
+  static constexpr uint32_t kX = kRows * kStage;
+  static constexpr uint32_t kGroups = Stage::kWeights + kX;  // where the weight's scales begin
+  static constexpr uint32_t kXScales = kGroups + Stage::kScales + Stage::kZeros;
+  static constexpr uint32_t kBytes = kXScales + (Stage::kGrouped ? kStageSteps * kRows * 4 : 0);
+  // two blocks on an SM where their sums leave enough registers
+  static constexpr uint32_t kBlocks = kXWarps * kXTiles <= 2 ? 2 : 1;
+  static_assert(Stage::kDepth * kBytes <= 162 << 10, "an A100 has 163 KB for a block");
+  static_assert(kBlocks * (Stage::kDepth * kBytes + 2048) <= 228 << 10, "an H200 has 228 KB");
+};
+
+LLMOS_HOST_DEVICE inline uint32_t tiles_of_rows(int64_t m, uint32_t rows) {
+  return static_cast<uint32_t>((m + rows - 1) / rows);
+}
+
+// What one thread does for part `split` of the sums of tile `tile`. Tiles of the same columns are
+// neighbours.
+template <WeightFormat kFormat, uint32_t kXWarps, uint32_t kXTiles>
+class IntegerMatmulThread {
+  using Ring = IntegerRing<kFormat, kXWarps, kXTiles>;
+  static constexpr uint32_t kPairs = kXWarps;  // of panels, in a warp
+  static constexpr uint32_t kCount = kPairs * kXTiles * 2;
+  using Sums = int32_t[kCount][4];  // of products of 16 rows: two for a pair and 8 rows of x
+  using Result = std::conditional_t<Ring::kGrouped, float, int32_t>;
+  static_assert(SumsOfThread<kCount, Result>::kSharedBytes <= Ring::kDepth * Ring::kBytes);
+  // 1.5 * 2^23: a float whose bits plus n are those of it plus n, up to |n| = 2^22. A group of 128
+  // has sums to 128 * 15 * 127.
+  static constexpr int32_t kMagicBits = 0x4b400000;
+  static constexpr float kMagic = 12582912.0f;
+
+ public:
+  __device__ IntegerMatmulThread(const CudaIntegerMatmul& call, uint32_t tile, uint32_t split,
+                                 uint32_t thread)
+      : call_(call),
+        tile_(tile),
+        split_(split),
+        thread_(thread),
+        warp_(thread / 32),
+        lane_(thread % 32),
+        row_tiles_(tiles_of_rows(call.m, Ring::kRows)),
+        first_row_(int64_t{tile % row_tiles_} * Ring::kRows),
+        first_pair_(int64_t{tile / row_tiles_} * kWarps),
+        steps_(static_cast<uint32_t>(steps(call.weight))),
+        groups_(static_cast<uint32_t>(groups(call.weight))),
+        weights_(call, first_pair_ + warp_, warp_, lane_,
+                 row_tiles_ == 1 ? read_once_policy() : read_again_policy()) {
+#pragma unroll
+    for (uint32_t index = 0; index < kCount; ++index)
+#pragma unroll
+      for (uint32_t e = 0; e < 4; ++e) sums_[index][e] = Ring::kGrouped ? kMagicBits : 0;
+  }
+
+  __device__ void run() {
+    const uint32_t begin = first_stage(stages(call_.weight), split_, call_.splits);
+    const uint32_t count = first_stage(stages(call_.weight), split_ + 1, call_.splits) - begin;
+    run_pipeline<Ring::kDepth>(
+        count, [&](uint32_t number) { copy(begin + number, slot(number)); },
+        [&](uint32_t number) { multiply(slot(number)); });
+    const SumsOfThread<kCount, Result> sums(call_, tile_, split_, thread_);
+    if (sums.take(results(), [&](uint32_t index) { return x_row_at(index) < call_.m; }))
+      finish(sums);
+  }
+
+ private:
+  __device__ uint8_t* slot(uint32_t number) const {
+    return shared_memory() + number % Ring::kDepth * Ring::kBytes;
+  }
+
+  // The warp's first pair of the tile, and its first row of x there.
+  __device__ uint32_t pair() const { return warp_ % (kWarps / kXWarps) * kPairs; }
+  __device__ uint32_t row() const { return warp_ / (kWarps / kXWarps) * kXTiles * kXTile; }
+
+  // ---- global to shared memory ----
+
+  __device__ void copy(uint32_t stage, uint8_t* slot) const {
+    weights_.copy_weights(stage, slot);
+    copy_x(stage, slot + Ring::kWeights);
+    if constexpr (Ring::kGrouped) {
+      weights_.copy_groups(stage, slot + Ring::kGroups);
+      copy_x_scales(stage, slot + Ring::kXScales);
+    }
+  }
+
+  // A thread copies the same half of a row's 32 k, of every kSteps-th step.
+  __device__ void copy_x(uint32_t stage, uint8_t* to) const {
+    constexpr uint32_t kPieces = Ring::kRows * 2, kSteps = kThreads / kPieces;
+    const uint32_t piece = thread_ % kPieces;
+    const int64_t row = first_row_ + piece / 2;
+#pragma unroll
+    for (uint32_t i = 0; i < kStageSteps; i += kSteps) {
+      const uint32_t in_stage = thread_ / kPieces + i;
+      if (in_stage >= kStageSteps) return;
+      const uint32_t step = stage * kStageSteps + in_stage;
+      copy_async(to + (in_stage * kPieces + piece) * 16,
+                 call_.x + rounded_place(call_.m, row, step) + piece % 2 * 16,
+                 row < call_.m && step < steps_);
+    }
+  }
+
+  // A thread copies the scales of four rows and one group of the stage.
+  __device__ void copy_x_scales(uint32_t stage, uint8_t* to) const {
+    const uint32_t group = thread_ / (Ring::kRows / 4);
+    if (group >= weights_.groups_of_stage()) return;
+    const uint32_t all = stage * weights_.groups_of_stage() + group;
+    const int64_t row = first_row_ + thread_ % (Ring::kRows / 4) * 4;
+    copy_async(to + thread_ * 16, call_.x_scales + all * rounded_scales(call_.m) + row,
+               row < call_.m && all < groups_);
+  }
+
+  // ---- products ----
+
+  __device__ void multiply(uint8_t* slot) {
+#pragma unroll
+    for (uint32_t step = 0; step < kStageSteps; ++step) {
+      uint32_t levels[kPairs][2][4];
+#pragma unroll
+      for (uint32_t p = 0; p < kPairs; ++p) unpack_step(slot, step, pair() + p, levels[p]);
+#pragma unroll
+      for (uint32_t tile = 0; tile < kXTiles; ++tile) {
+        const uint32_t x_row = step * Ring::kRows + row() + tile * kXTile + lane_ / 4;
+        uint32_t x[2];
+        load_8_bytes(slot + Ring::kWeights + x_row * kStep + lane_ % 4 * 8, x);
+#pragma unroll
+        for (uint32_t p = 0; p < kPairs; ++p)
+#pragma unroll
+          for (uint32_t r = 0; r < 2; ++r)
+            multiply_tile(sums_[(p * kXTiles + tile) * 2 + r], levels[p][r], x);
+      }
+      if constexpr (Ring::kGrouped)
+        if (ends_group(weights_.groups_of_stage(), step))
+          end_group(slot, group_of_step(weights_.groups_of_stage(), step));
+    }
+  }
+
+  // The left operands of two products: rows i of 2 r and 2 r + 1, by the halves of the lane's k.
+  __device__ void unpack_step(uint8_t* slot, uint32_t step, uint32_t pair,
+                              uint32_t (&levels)[2][4]) const {
+    uint32_t words[loads_per_step(kFormat)][4], zeros = 0;
+    Ring::load_step(slot, pair, step, lane_, words);
+    if constexpr (Ring::kHasZeros)
+      zeros = Ring::load_zeros(slot + Ring::kGroups, pair,
+                               group_of_step(weights_.groups_of_stage(), step), lane_);
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i)
+      if constexpr (Ring::kGrouped) {
+        const uint32_t zero = Ring::kHasZeros ? spread_zero(zeros, i) : kEights;
+        levels[i / 2][i % 2] = int4_levels(words[0][i], zero);
+        levels[i / 2][i % 2 + 2] = int4_levels(words[0][i] >> 4, zero);
+      } else {
+        levels[i / 2][i % 2] = int8_levels(words[0][i]);
+        levels[i / 2][i % 2 + 2] = int8_levels(words[1][i]);
+      }
+  }
+
+  // The sums over a group, times its scales, go to the totals.
+  __device__ void end_group(uint8_t* slot, uint32_t group) {
+#pragma unroll
+    for (uint32_t p = 0; p < kPairs; ++p) {
+      float scales[4];
+      Ring::load_scales(slot + Ring::kGroups, pair() + p, group, lane_, scales);
+#pragma unroll
+      for (uint32_t tile = 0; tile < kXTiles; ++tile) {
+        const uint32_t x_row = group * Ring::kRows + row() + tile * kXTile + x_row_of(lane_, 0);
+        uint32_t x_scales[2];
+        load_8_bytes(slot + Ring::kXScales + x_row * 4, x_scales);
+#pragma unroll
+        for (uint32_t r = 0; r < 2; ++r)
+#pragma unroll
+          for (uint32_t e = 0; e < 4; ++e) {
+            const uint32_t index = (p * kXTiles + tile) * 2 + r;
+            const float sum = float_of(sums_[index][e]) - kMagic;
+            totals_[index][e] += sum * (scales[r * 2 + e / 2] * float_of(x_scales[e % 2]));
+            sums_[index][e] = kMagicBits;
+          }
+      }
+    }
+  }
+
+  // Where the sums of all k end up.
+  __device__ Result (&results()) [kCount][4] {
+    if constexpr (Ring::kGrouped)
+      return totals_;
+    else
+      return sums_;
+  }
+
+  // ---- results ----
+
+  // Of four columns `index`.
+  __device__ int64_t x_row_at(uint32_t index) const {
+    return first_row_ + row() + index / 2 % kXTiles * kXTile + x_row_of(lane_, index % 2);
+  }
+
+  __device__ void finish(const SumsOfThread<kCount, Result>& sums) const {
+#pragma unroll 1
+    for (uint32_t p = 0; p < kPairs; ++p) {
+      const Epilogue epilogue(call_, call_.type, first_pair_ + pair() + p, lane_);
+      float scales[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+      if constexpr (!Ring::kGrouped) epilogue.load_scales(scales);
+#pragma unroll 1
+      for (uint32_t index = p * 2 * kXTiles; index < (p + 1) * 2 * kXTiles; ++index) {
+        const int64_t x_row = x_row_at(index);
+        float x_scale = 1.0f, values[4];
+        Result four[4] = {};
+        if (x_row < call_.m) {
+          sums.read(index, four);
+          if constexpr (!Ring::kGrouped) x_scale = call_.x_scales[x_row];
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i)
+          values[i] = static_cast<float>(four[i]) * (scales[i] * x_scale);
+        epilogue.finish(x_row, values);
+      }
+    }
+  }
+
+  const CudaIntegerMatmul& call_;
+  const uint32_t tile_, split_, thread_, warp_, lane_, row_tiles_;
+  const int64_t first_row_, first_pair_;
+  const uint32_t steps_, groups_;
+  const WeightCopies<kFormat> weights_;
+  Sums sums_;                                          // of a group, or of a row
+  float totals_[Ring::kGrouped ? kCount : 1][4] = {};  // of groups, scaled
+};
+
+template <WeightFormat kFormat, uint32_t kXWarps, uint32_t kXTiles>
+__global__ void __launch_bounds__(kThreads, (IntegerRing<kFormat, kXWarps, kXTiles>::kBlocks))
+    integer_matmul_kernel(const __grid_constant__ CudaIntegerMatmul call) {
+  IntegerMatmulThread<kFormat, kXWarps, kXTiles>(call, blockIdx.x, blockIdx.y, threadIdx.x).run();
+}
+
+struct IntegerMatmulKernel {
+  void (*function)(CudaIntegerMatmul);
+  int shared_bytes;
+  uint32_t rows;  // of x in a tile
+};
+
+template <WeightFormat kFormat, uint32_t kXWarps, uint32_t kXTiles>
+IntegerMatmulKernel integer_instance() {
+  using Ring = IntegerRing<kFormat, kXWarps, kXTiles>;
+  return {integer_matmul_kernel<kFormat, kXWarps, kXTiles>, Ring::kDepth * Ring::kBytes,
+          Ring::kRows};
+}
+
+template <WeightFormat kFormat>
+IntegerMatmulKernel integer_instance_for(int64_t m) {
+  if (m <= 8) return integer_instance<kFormat, 1, 1>();
+  if (m <= 16) return integer_instance<kFormat, 1, 2>();
+  if (m <= 32) return integer_instance<kFormat, 1, 4>();
+  // sums over a group and totals leave no registers for more rows
+  if constexpr (!is_4bit(kFormat))
+    if (m > 64) return integer_instance<kFormat, 2, 8>();
+  return integer_instance<kFormat, 1, 8>();
+}
+
+}  // namespace llmos
