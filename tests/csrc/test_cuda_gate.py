@@ -22,6 +22,11 @@ X_TILES = (1, 2, 4, 8)
 OPERATION = re.compile(r"\*/\s+(?:@\S+\s+)?(\w[\w.]*)")
 NAME = re.compile(r"quant_matmul_kernel\w*?WeightFormatE(\d)ELN\w*?FloatTypeE(\d)ELj(\d)E")
 KERNELS = {(f, t, x) for f in FORMATS.values() for t in TYPES.values() for x in X_TILES}
+# format, rows of warps, tiles of x for each
+INTEGER_NAME = re.compile(r"integer_matmul_kernel\w*?WeightFormatE(\d)ELj(\d)ELj(\d)E")
+INTEGER_KERNELS = {(FORMATS[f], 1, x) for f in ("int8", "int4", "int4_asym") for x in X_TILES}
+INTEGER_KERNELS |= {(FORMATS["int8"], 2, 8)}
+ROUNDING_NAME = re.compile(r"round_rows_kernel\w*?FloatTypeE(\d)E")
 REGISTERS, THREADS = 65536, 256
 
 
@@ -56,9 +61,9 @@ def cuobjdump(option, extension):
     return by_architecture
 
 
-def kernel_of(line):
+def kernel_of(line, name=NAME):
     """(format, type, tiles of x) where ``line`` begins a kernel of quant_matmul."""
-    found = NAME.search(line)
+    found = name.search(line)
     return None if found is None else tuple(int(number) for number in found.groups())
 
 
@@ -71,7 +76,7 @@ def test_no_kernel_spills_and_registers_suffice(extension):
     found = architectures(cuobjdump("-res-usage", extension))
     assert found
     for architecture, lines in found.items():
-        kernels = set()
+        kernels, integer_kernels = set(), set()
         for name, line in pairwise(lines):
             if "Function " not in name:
                 continue
@@ -83,32 +88,85 @@ def test_no_kernel_spills_and_registers_suffice(extension):
                 blocks = 2 if kernel[2] <= 2 else 1
                 assert numbers["REG"] <= min(255, REGISTERS // THREADS // blocks), where
                 kernels.add(kernel)
+            if (kernel := kernel_of(name, INTEGER_NAME)) is not None:
+                blocks = 2 if kernel[1] * kernel[2] <= 2 else 1
+                assert numbers["REG"] <= min(255, REGISTERS // THREADS // blocks), where
+                integer_kernels.add(kernel)
         assert kernels == KERNELS, architecture
+        assert integer_kernels == INTEGER_KERNELS, architecture
 
 
-def test_the_instructions_that_are_meant(extension):
+@pytest.fixture(scope="module")
+def sass(extension):
+    """Its lines by architecture."""
     found = architectures(cuobjdump("-sass", extension))
     assert found
-    for architecture, lines in found.items():
-        counts, kernel = {}, None
-        for line in lines:
-            if "Function :" in line:
-                kernel = kernel_of(line)
-            elif kernel is not None and (operation := OPERATION.search(line)):
-                counts.setdefault(kernel, Counter())[operation[1]] += 1
+    return found
+
+
+def counts_of(lines, kernel_name):
+    """The operations of every kernel of that name, counted."""
+    counts, kernel = {}, None
+    for line in lines:
+        if "Function :" in line:
+            kernel = kernel_of(line, kernel_name)
+        elif kernel is not None and (operation := OPERATION.search(line)):
+            counts.setdefault(kernel, Counter())[operation[1]] += 1
+    return counts
+
+
+def copies_are_wide(count, least):
+    copies = sum(n for name, n in count.items() if name.startswith("LDGSTS."))
+    wide = sum(n for name, n in count.items() if re.match(r"LDGSTS\.\S*\b128", name))
+    return copies == wide >= least
+
+
+def uses_no_local_memory(count):
+    return not any(name.startswith(("LDL", "STL")) for name in count)
+
+
+def test_the_instructions_that_are_meant(sass):
+    for architecture, lines in sass.items():
+        counts = counts_of(lines, NAME)
         assert set(counts) == KERNELS, architecture
         for (weights, dtype, tiles), count in counts.items():
             where = (architecture, weights, dtype, tiles)
             product = "HMMA.16816.F32.BF16" if dtype == TYPES["bf16"] else "HMMA.16816.F32"
             # 4 steps of a stage; two products of 16 rows by two halves of a step's k
             assert count[product] == 4 * 4 * tiles, where
-            copies = sum(n for name, n in count.items() if name.startswith("LDGSTS."))
-            wide = sum(n for name, n in count.items() if re.match(r"LDGSTS\.\S*\b128", name))
             loads = 8 if weights == FORMATS["int8"] else 4
-            assert copies == wide >= loads, where
+            assert copies_are_wide(count, loads), where
             # a lane's weights and its x: one load of 16 bytes each
             assert count["LDS.128"] >= loads + 4 * tiles, where
-            assert not any(name.startswith(("LDL", "STL")) for name in count), where
+            assert uses_no_local_memory(count), where
+
+
+def test_integer_products(sass):
+    for architecture, lines in sass.items():
+        counts = counts_of(lines, INTEGER_NAME)
+        assert set(counts) == INTEGER_KERNELS, architecture
+        for (weights, pairs, tiles), count in counts.items():
+            where = (architecture, weights, pairs, tiles)
+            # 4 steps of a stage, two products of 16 rows for a pair of panels
+            assert count["IMMA.16832.S8.S8"] == 4 * 2 * pairs * tiles, where
+            loads = 8 if weights == FORMATS["int8"] else 4
+            assert copies_are_wide(count, loads), where
+            assert count["LDS.128"] >= loads * pairs, where
+            assert count["LDS.64"] >= 4 * tiles, where
+            # the epilogue is a loop
+            assert sum(count.values()) < 4000, where
+            assert uses_no_local_memory(count), where
+
+
+def test_rounding(sass):
+    for architecture, lines in sass.items():
+        counts = counts_of(lines, ROUNDING_NAME)
+        assert set(counts) == {(0,), (1,), (2,)}, architecture
+        for kernel, count in counts.items():
+            # 8 held units, and the loops over longer rows and groups; fp32 has two loads for each
+            wide = (8 + 3) * (2 if kernel == (0,) else 1)
+            assert count["LDG.E.128"] + count["LDG.E.128.CONSTANT"] == wide, (architecture, kernel)
+            assert uses_no_local_memory(count), (architecture, kernel)
 
 
 def test_no_warnings(tmp_path):
