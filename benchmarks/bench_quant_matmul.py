@@ -104,10 +104,10 @@ def bench_quant_matmul(benchmark, compare, smoke, prepared, case, rows):
     )
 
 
-GPU_ROWS = [1, 4, 16, 32, 64, 256]
+GPU_ROWS = [1, 4, 16, 32, 64, 256, 2048]
 GPU_SHAPES = [(4096, 4096), (8192, 8192), (16384, 8192), (4096, 28672)]  # in, out
 GPU_SCHEMES = [("int4_a16", 128), ("int4_a16", 32), ("int4_asym_a16", 128), ("nf4", 64)]
-GPU_SCHEMES += [("int8_a16", 128)]
+GPU_SCHEMES += [("int8_a16", 128), ("int8", 128), ("int4", 128), ("int4_asym", 128)]
 
 
 @needs_gpu
@@ -141,7 +141,7 @@ def bench_quant_matmul_gpu(compare, smoke, scheme, group, shape, rows):
         check=check,
         flops=2 * rows * features * out_features,
         bytes=quantized.nbytes,
-        dtype=torch.bfloat16,
+        dtype=torch.int8 if rounds_activations(scheme) else torch.bfloat16,
         rounds=50,
         device="cuda",
     )

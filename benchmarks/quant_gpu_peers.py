@@ -39,6 +39,26 @@ def torch_int8(weight: Tensor, group: int) -> Product:
     return lambda x: torch.ops.aten._weight_int8pack_mm(x, codes, narrow)
 
 
+def torch_int_mm(weight: Tensor, group: int) -> Product:
+    """torch._int_mm, x rounded row by row in compiled torch; it takes more than 16 rows."""
+    codes, scales = round_int8(weight.float())
+    columns, narrow = codes.T, scales.T
+
+    @torch.compile
+    def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+        return round_int8(x.float())
+
+    @torch.compile
+    def scaled(sums: Tensor, x_scales: Tensor) -> Tensor:
+        return (sums * x_scales * narrow).bfloat16()
+
+    def product(x: Tensor) -> Tensor:
+        integers, x_scales = rounded(x)
+        return scaled(torch._int_mm(integers, columns), x_scales)
+
+    return product
+
+
 def bnb_nf4(weight: Tensor, group: int) -> Product:
     import bitsandbytes as bnb
 
@@ -51,6 +71,9 @@ PEERS: dict[str, dict[str, Callable[[Tensor, int], Product]]] = {
     "int4_a16": {"cublas_bf16": cublas_bf16, "torch_int4": torch_int4},
     "int4_asym_a16": {"cublas_bf16": cublas_bf16, "torch_int4": torch_int4},
     "nf4": {"cublas_bf16": cublas_bf16, "bnb_nf4": bnb_nf4},
+    "int8": {"cublas_bf16": cublas_bf16, "torch_int_mm": torch_int_mm},
+    "int4": {"cublas_bf16": cublas_bf16},
+    "int4_asym": {"cublas_bf16": cublas_bf16},
 }
 
 

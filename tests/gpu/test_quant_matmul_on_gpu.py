@@ -14,6 +14,7 @@ from llmos_fast.native import quant_matmul_cuda as cuda
 from llmos_fast.native import quant_matmul_self_test as self_test
 from llmos_fast.ops.quant_matmul import ACTIVATIONS
 from llmos_fast.quantize import interleave, quantize
+from llmos_fast.reference.quant_matmul import round_to_int8
 from llmos_fast.testing import assert_within_budget, random
 
 if not cuda.is_built():
@@ -21,6 +22,7 @@ if not cuda.is_built():
 
 DEVICE = torch.device("cuda", torch.cuda.current_device())
 SCHEMES = ["int8_a16", "int4_a16", "int4_asym_a16", "nf4"]
+ROUNDED = ["int8", "int4", "int4_asym"]
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -44,7 +46,7 @@ def check(weight, m, dtype, residual=False, **options):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES + ROUNDED)
 def test_passes_its_self_test(scheme, dtype):
     assert self_test.refusal(DEVICE, scheme, dtype) is None
 
@@ -57,8 +59,48 @@ def test_any_size(scheme, n, k, m, dtype):
     check(weight_of(n, k, scheme), m, dtype)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
+@pytest.mark.parametrize("m", [1, 8, 9, 17, 33, 64, 65, 128, 129, 1000])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (77, 129), (300, 2500), (4096, 4096)], ids=str)
+@pytest.mark.parametrize("scheme", ROUNDED)
+def test_any_size_with_rounded_activations(scheme, n, k, m, dtype):
+    check(weight_of(n, k, scheme), m, dtype)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
+@pytest.mark.parametrize("k", [40, 4096, 9001])
+@pytest.mark.parametrize("scheme", ROUNDED)
+def test_activations_are_rounded_as_defined(scheme, k, dtype):
+    """Against sums in float64 of the definition's integers: what is left is one rounding."""
+    weight, x = weight_of(80, k, scheme, 32), random(70, k, dtype=dtype).to(DEVICE)
+    integers, scales = round_to_int8(x, weight.group_size)
+    exact = (integers.double() * scales.double()) @ weight.dequantize(torch.float64).T
+    y = ops.quant_matmul(x.float(), weight, impl="native")
+    assert (y - exact).abs().max() <= 1e-6 * k**0.5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("m", [2, 70])
+@pytest.mark.parametrize("scheme", ROUNDED)
+def test_a_row_that_is_not_finite_is_nan(scheme, m, value):
+    weight, x = weight_of(300, 2500, scheme), random(m, 2500, dtype=torch.bfloat16).to(DEVICE)
+    x[1, 1234] = value
+    found = ops.quant_matmul(x, weight, impl="native").isnan()
+    assert found[1].all()
+    assert found.any(1).sum() == 1
+
+
+@pytest.mark.parametrize("m", [1, 64, 300])
+def test_int8_does_not_depend_on_how_k_is_split(m):
+    """Integer sums are exact: rows alone have the result that they have among others."""
+    weight, x = weight_of(1000, 8192, "int8"), random(m, 8192, dtype=torch.bfloat16).to(DEVICE)
+    together = ops.quant_matmul(x, weight, impl="native")
+    alone = torch.cat([ops.quant_matmul(row[None], weight, impl="native") for row in x])
+    assert torch.equal(together, alone)
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("scheme", SCHEMES[1:])
+@pytest.mark.parametrize("scheme", SCHEMES[1:] + ROUNDED[1:])
 def test_any_group(scheme, group_size):
     for k in (260, 4096):
         check(weight_of(520, k, scheme, group_size), 5, torch.bfloat16)
@@ -66,16 +108,19 @@ def test_any_group(scheme, group_size):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("scheme", ["int8_a16", "int4_a16"])
-def test_epilogue(scheme, activation, dtype):
-    check(weight_of(530, 1028, scheme), 13, dtype, residual=True, activation=activation)
+@pytest.mark.parametrize(
+    ("scheme", "m"), [("int8_a16", 13), ("int4_a16", 13), ("int8", 13), ("int8", 140), ("int4", 70)]
+)
+def test_epilogue(scheme, m, activation, dtype):
+    check(weight_of(530, 1028, scheme), m, dtype, residual=True, activation=activation)
     pair = interleave(*(weight_of(528, 1028, scheme) for _ in range(2)))
-    check(pair, 13, dtype, residual=True, activation=activation, gated=True)
+    check(pair, m, dtype, residual=True, activation=activation, gated=True)
 
 
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_views_and_biases(bias_dtype):
-    weight, wide = weight_of(300, 512, "int4_a16"), random(6, 1100, dtype=torch.bfloat16).to(DEVICE)
+@pytest.mark.parametrize("scheme", ["int4_a16", "int8"])
+def test_views_and_biases(scheme, bias_dtype):
+    weight, wide = weight_of(300, 512, scheme), random(6, 1100, dtype=torch.bfloat16).to(DEVICE)
     bias = random(300, dtype=bias_dtype).to(DEVICE)
     for x in (wide[:, :512], wide[:, 3:515], wide[:, :1024:2], wide[:1, :512].expand(6, 512)):
         expected = ops.quant_matmul(x.contiguous(), weight, bias, impl="native")
@@ -84,7 +129,7 @@ def test_views_and_biases(bias_dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [1, 16, 32, 64])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES + ROUNDED)
 def test_the_same_a_thousand_times(scheme, m, dtype):
     weight, x = weight_of(4096, 4096, scheme), random(m, 4096, dtype=dtype).to(DEVICE)
     expected = ops.quant_matmul(x, weight, impl="native")
@@ -94,8 +139,8 @@ def test_the_same_a_thousand_times(scheme, m, dtype):
     assert not wrong
 
 
-@pytest.mark.parametrize("m", [1, 40])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("m", [1, 40, 200])
+@pytest.mark.parametrize("scheme", SCHEMES + ROUNDED)
 def test_a_graph_follows_its_input(captured, scheme, m):
     weight, x = weight_of(1000, 4096, scheme), random(m, 4096, dtype=torch.bfloat16).to(DEVICE)
     graph, out = captured(lambda: ops.quant_matmul(x, weight, impl="native"))
@@ -105,8 +150,9 @@ def test_a_graph_follows_its_input(captured, scheme, m):
         assert torch.equal(out, ops.quant_matmul(x, weight, impl="native"))
 
 
-def test_streams_do_not_share_counters():
-    weight, x = weight_of(2048, 8192, "int4_a16"), random(1, 8192, dtype=torch.bfloat16).to(DEVICE)
+@pytest.mark.parametrize("scheme", ["int4_a16", "int8"])
+def test_streams_do_not_share_counters(scheme):
+    weight, x = weight_of(2048, 8192, scheme), random(1, 8192, dtype=torch.bfloat16).to(DEVICE)
     expected = ops.quant_matmul(x, weight, impl="native")
     torch.cuda.synchronize()
     found = []
@@ -119,7 +165,7 @@ def test_streams_do_not_share_counters():
     assert all(torch.equal(out, expected) for out in found)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES + ROUNDED)
 def test_gradients(scheme):
     weight = weight_of(300, 520, scheme)
     tensors = {"x": random(9, 520, dtype=torch.bfloat16), "bias": random(300, dtype=torch.bfloat16)}
@@ -134,14 +180,16 @@ def test_gradients(scheme):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: not run")
-def test_another_gpu_than_the_current_one():
+@pytest.mark.parametrize("scheme", ["int4_a16", "int8"])
+def test_another_gpu_than_the_current_one(scheme):
     other = torch.device("cuda", (DEVICE.index + 1) % torch.cuda.device_count())
-    weight, x = weight_of(600, 4096, "int4_a16"), random(3, 4096, dtype=torch.bfloat16)
+    weight, x = weight_of(600, 4096, scheme), random(3, 4096, dtype=torch.bfloat16)
     expected = ops.quant_matmul(x.to(DEVICE), weight, impl="native")
     found = ops.quant_matmul(x.to(other), weight.to(other), impl="native")
     assert torch.equal(found.to(DEVICE), expected)
 
 
-def test_it_is_chosen():
-    weight, x = weight_of(64, 128, "int4_a16"), random(1, 128, dtype=torch.bfloat16).to(DEVICE)
+@pytest.mark.parametrize("scheme", ["int4_a16", "int8", "int4"])
+def test_it_is_chosen(scheme):
+    weight, x = weight_of(64, 128, scheme), random(1, 128, dtype=torch.bfloat16).to(DEVICE)
     assert dispatch.explain(ops.quant_matmul, x, weight)[0] == ("native", None)
