@@ -7,6 +7,7 @@ and more of them a dense weight.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,39 +95,13 @@ def has_room(device: torch.device) -> bool:
     return bool(properties.shared_memory_per_multiprocessor >= 164 * 1024)
 
 
-def few_rows(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scheme: str,
-    group_size: int,
-    n: int,
-    activation: str,
-    gated: bool,
-) -> Tensor:
+def few_rows(x: Tensor, *rest: Any) -> Tensor:
     """As ``product``, for 1 to MAX_ROWS rows where the GPU ``multiplies``."""
-    rest = (packed, scales, zero_points, bias, residual, scheme, group_size, n, activation, gated)
     return _launch("quant_matmul", x, aligned_rows(x), *rest)
 
 
-def rounded_rows(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scheme: str,
-    group_size: int,
-    n: int,
-    activation: str,
-    gated: bool,
-) -> Tensor:
+def rounded_rows(x: Tensor, *rest: Any) -> Tensor:
     """As ``product``, for schemes that round activations and a GPU that ``has_room``."""
-    rest = (packed, scales, zero_points, bias, residual, scheme, group_size, n, activation, gated)
     return _launch("integer_matmul", x, rows_contiguous(x.reshape(-1, x.shape[-1])), *rest)
 
 

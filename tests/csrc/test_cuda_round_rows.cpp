@@ -12,9 +12,9 @@ namespace {
 
 enum Kind { kOrdinary, kTies, kZero, kTiny, kHuge, kInfinite, kNaN, kKinds };
 
-// Element k of a row of this kind.
+// Element k of a row of this kind: the largest ones lie at its end.
 float element(Random& random, Kind kind, int64_t k) {
-  const float ordinary = (random.below(2001) - 1000) / 700.0f;
+  const float ordinary = (random.below(2001) - 1000) * (1 + k) / 7e6f;
   switch (kind) {
     case kTies:  // halves where 127 is the largest
       return k % 32 == 0 ? 127.0f : random.below(250) / 2.0f;

@@ -53,6 +53,9 @@ inline uint64_t read_once_policy() { return 1; }
 inline uint64_t read_again_policy() { return 2; }
 
 inline void copy_async(void* shared, const void* global, bool exists) {
+  const bool aligned = reinterpret_cast<uintptr_t>(shared) % 16 == 0 &&
+                       (!exists || reinterpret_cast<uintptr_t>(global) % 16 == 0);
+  if (!aligned) std::abort();  // as a GPU would
   const simt::Copy copy{static_cast<uint8_t*>(shared),
                         exists ? static_cast<const uint8_t*>(global) : nullptr};
   if (simt::machine.late)
