@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmos_fast.library import register
-from llmos_fast.quantize import QuantizedWeight, format_of
+from llmos_fast.quantize import QuantizedWeight
 
 from .epilogue import Epilogue
 from .product import flat, needs_gradients, product
@@ -27,8 +27,8 @@ def unsupported(
     residual: Tensor | None,
 ) -> str | None:
     """Needs an fp8 weight, tensors without gradient, and a GPU that knows fp8."""
-    if format_of(qweight.scheme) != "fp8":
-        return f"takes fp8 weights, got {qweight.scheme}"
+    if qweight.scheme != "fp8_a16":
+        return f"takes fp8_a16, got {qweight.scheme}"
     if residual is not None:
         return "adds no residual, got one"
     if (reason := refusal(x, bias)) is not None:

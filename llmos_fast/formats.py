@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FORMATS = ("int8", "int4", "int4_asym", "nf4", "fp8")
+FORMATS = ("int8", "int4", "int4_asym", "nf4", "fp8", "fp8_block")
 FOUR_BIT = ("int4", "int4_asym", "nf4")
+FP8 = ("fp8", "fp8_block")
+# rows and columns of a weight that share a scale in fp8_block
+FP8_BLOCK = 128
 FP8_MAX = 448.0
 NF4_LEVELS = (
     -1.0,
@@ -29,7 +32,7 @@ NF4_LEVELS = (
 
 
 def scale_dtype(name: str) -> torch.dtype:
-    """Of the stored scales: 16 bits where a few dozen weights share one, fp32 for whole rows."""
+    """Of the stored scales: 16 bits where a few dozen weights share one, else fp32."""
     return torch.bfloat16 if name in FOUR_BIT else torch.float32
 
 
@@ -44,7 +47,7 @@ def round_scales(scales: Tensor, name: str) -> Tensor:
 
 def levels_of_codes(name: str, codes: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``codes`` (uint8) as levels of format ``name``; ``zeros`` broadcasts to them (int4_asym)."""
-    if name == "fp8":
+    if name in FP8:
         return codes.view(torch.float8_e4m3fn).to(dtype)
     if name == "nf4":
         table = torch.tensor(NF4_LEVELS, device=codes.device).to(dtype)

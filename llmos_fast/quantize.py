@@ -2,10 +2,11 @@
 
 A scheme is a format, and how activations enter the product:
 
-    int8 int4 int4_asym                 activations are rounded to int8 on the fly, in the groups
-                                        of the weight, so that an outlier costs its group alone
-    int8_a16 int4_a16 int4_asym_a16     activations stay in floating point
-    nf4 fp8                             likewise ("nf4_a16", "fp8_a16" mean the same)
+    int8 int4 int4_asym     activations are rounded to int8 on the fly, in the groups of the
+                            weight, so that an outlier costs its group alone
+    fp8 fp8_block           likewise to e4m3
+    nf4                     activations stay in floating point
+    _a16 after any name     likewise
 
 A weight W of shape (N, K), as in torch.nn.Linear, is stored as ``scale * level(code)``:
 
@@ -15,8 +16,10 @@ A weight W of shape (N, K), as in torch.nn.Linear, is stored as ``scale * level(
     int4_asym   nibble, 0..15         code - zero         bf16, of a group
     nf4         nibble, 0..15         NF4_LEVELS[code]    bf16, of a group
     fp8         byte, e4m3 (finite)   its value           fp32, of a row
+    fp8_block   byte, e4m3 (finite)   its value           fp32, of 128 x 128 weights
 
-A group is ``group_size`` consecutive weights of a row; the last group of a row may be short.
+A group is ``group_size`` consecutive weights of a row; the last group of a row may be short, and
+so may be the blocks of the last rows.
 ``llmos_fast.rounding`` says how scales and codes are chosen.
 
 Integer and nf4 weights lie in panels of 16 rows, the last one filled up with zeros, so that one
@@ -28,8 +31,9 @@ vector register holds the same k of 16 rows and a product reads memory from fron
     scales       (N / 16, groups, 16)
     zero_points  uint8 (N / 16, groups, 16), 0..15; int4_asym only
 
-fp8 is read by GPUs, in rows: ``packed`` is uint8 (N, K), ``scales`` (N, 1). These layouts are the
-same on every device and in every file.
+fp8 is read by GPUs, in rows: ``packed`` is uint8 (N, K), ``scales`` (N, 1), or for fp8_block
+(N / 128, K / 128), both rounded up. A scale for a whole weight is the same one in every row. These
+layouts are the same on every device and in every file.
 
 Source: NF4 from QLoRA (arXiv 2305.14314).
 """
@@ -44,8 +48,10 @@ from torch import Tensor
 
 from llmos_fast.formats import FORMATS as FORMATS
 from llmos_fast.formats import FOUR_BIT as FOUR_BIT
+from llmos_fast.formats import FP8 as FP8
 from llmos_fast.formats import NF4_LEVELS as NF4_LEVELS
 from llmos_fast.formats import levels_of_codes, scale_dtype
+from llmos_fast.groups import group_columns, group_rows, in_groups, in_rows, scales_of_rows
 from llmos_fast.rounding import METHODS, choose_scales, encode
 
 SCHEMES = tuple(f"{name}{suffix}" for name in FORMATS for suffix in ("", "_a16"))
@@ -63,15 +69,15 @@ def format_of(scheme: str) -> str:
 
 
 def rounds_activations(scheme: str) -> bool:
-    """True where the scheme multiplies int8 activations (W8A8, W4A8)."""
-    return scheme in ("int8", "int4", "int4_asym")
+    """True where the scheme multiplies activations of 8 bits (W8A8, W4A8)."""
+    return scheme in FORMATS and scheme != "nf4"
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """A quantized (N, K) matrix; the module docstring says what the bits mean.
 
-    ``group_size`` is K for the formats that scale whole rows.
+    ``group_size`` is K for the formats that scale whole rows, 128 for fp8_block.
     """
 
     packed: Tensor
@@ -84,10 +90,11 @@ class QuantizedWeight:
     def __post_init__(self) -> None:
         """Raise ValueError for parts that do not fit together: kernels get bare addresses."""
         name = format_of(self.scheme)
-        sizes = GROUP_SIZES if name in FOUR_BIT else self.shape[1:]
-        if self.group_size not in sizes:
-            rule = "be 32, 64 or 128" if name in FOUR_BIT else f"be {sizes[0]} (whole rows)"
-            raise _error("group_size", f"{rule} for {name}", self.group_size)
+        only = group_columns(name, self.group_size, self.shape[1])
+        if self.group_size not in (GROUP_SIZES if name in FOUR_BIT else (only,)):
+            whole = f"{only}{' (whole rows)' * (name != 'fp8_block')}"
+            rule = f"be {'32, 64 or 128' if name in FOUR_BIT else whole} for {name}"
+            raise _error("group_size", rule, self.group_size)
         if (self.zero_points is None) != (name != "int4_asym"):
             got = "none" if self.zero_points is None else "a tensor"
             raise _error("zero_points", "be given for int4_asym, and only for it", got)
@@ -131,11 +138,14 @@ class QuantizedWeight:
     def codes(self) -> Tensor:
         """uint8 (N, K): the stored code of every weight."""
         name = format_of(self.scheme)
-        return self.packed if name == "fp8" else unpack(self.packed, self.shape, _bits(name))
+        return self.packed if name in FP8 else unpack(self.packed, self.shape, _bits(name))
 
     def row_scales(self) -> Tensor:
         """fp32 (N, groups)."""
-        return _from_panels(self.scales, self.shape[0]).float()
+        name, n = format_of(self.scheme), self.shape[0]
+        if name in FP8:
+            return scales_of_rows(self.scales, name, n)
+        return _from_panels(self.scales, n).float()
 
     def row_zero_points(self) -> Tensor | None:
         """uint8 (N, groups), or None where the format has none."""
@@ -150,9 +160,9 @@ class QuantizedWeight:
         """(ids, K): ``dequantize(dtype)[ids]`` for int64 ids, of which no other row is read."""
         name, k = format_of(self.scheme), self.shape[1]
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        if name == "fp8":
+        if name in FP8:
             found = levels_of_codes(name, self.packed[ids], None, compute)
-            return found.mul_(self.scales[ids]).to(dtype)
+            return found.mul_(_spread(self.scales[ids // group_rows(name)], self)).to(dtype)
         where = ids // PANEL, slice(None), ids % PANEL
         words = self.packed.view(torch.int32).squeeze(-1)[where]
         scales = self.scales[where].to(compute)
@@ -180,7 +190,7 @@ def empty(
     name = format_of(scheme)
     _check_group_size(group_size)
     n, k = shape
-    group = group_size if name in FOUR_BIT else k
+    group = group_columns(name, group_size, k)
     part_shapes = shapes(scheme, shape, group)
     zero_points = None
     if name == "int4_asym":
@@ -195,8 +205,8 @@ def shapes(scheme: str, shape: tuple[int, int], group_size: int) -> dict[str, tu
     name = format_of(scheme)
     n, k = shape
     groups = -(-k // group_size)
-    if name == "fp8":
-        return {"packed": (n, k), "scales": (n, groups)}
+    if name in FP8:
+        return {"packed": (n, k), "scales": (-(-n // group_rows(name)), groups)}
     panels = -(-n // PANEL)
     per_group = (panels, groups, PANEL)
     words = -(-k // (32 // _bits(name)))
@@ -230,8 +240,8 @@ def _to_panels(per_group: Tensor) -> Tensor:
 
 
 def _from_panels(panels: Tensor, n: int) -> Tensor:
-    """The inverse; what has no panels (fp8) passes."""
-    return panels if panels.ndim == 2 else panels.transpose(1, 2).flatten(0, 1)[:n]
+    """The inverse."""
+    return panels.transpose(1, 2).flatten(0, 1)[:n]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -277,14 +287,14 @@ def from_codes(
     """Store a weight that was quantized elsewhere.
 
     codes: uint8 (N, K), as the module docstring defines them for the format
-    scales: (N, groups), finite; rounded to the stored dtype
+    scales: (N, groups), or (N / 128, groups) for fp8_block; finite; rounded to the stored dtype
     zero_points: (N, groups), integers 0..15, for int4_asym, else None
     """
     name = format_of(scheme)
     n, k = codes.shape
-    group = group_size if name in FOUR_BIT else k
-    scales = scales.to(scale_dtype(name))
-    if name != "fp8":
+    group = group_columns(name, group_size, k)
+    scales = scales.to(scale_dtype(name)).contiguous()
+    if name not in FP8:
         codes, scales = pack(codes, _bits(name)), _to_panels(scales)
         zero_points = None if zero_points is None else _to_panels(zero_points.to(torch.uint8))
     return QuantizedWeight(codes.contiguous(), scales, zero_points, scheme, group, (n, k))
@@ -293,7 +303,7 @@ def from_codes(
 def can_interleave(gate: QuantizedWeight, up: QuantizedWeight) -> bool:
     """Whether ``interleave`` takes the two."""
     same = (up.shape, up.scheme, up.group_size) == (gate.shape, gate.scheme, gate.group_size)
-    return same and gate.shape[0] % PANEL == 0 and format_of(gate.scheme) != "fp8"
+    return same and gate.shape[0] % PANEL == 0 and format_of(gate.scheme) not in FP8
 
 
 def interleave(gate: QuantizedWeight, up: QuantizedWeight) -> QuantizedWeight:
@@ -340,25 +350,19 @@ def quantize(
 ) -> QuantizedWeight:
     """Quantize a floating-point (N, K) weight by rounding to the nearest level.
 
-    ``group_size`` (32, 64 or 128) counts for the 4-bit formats; int8 and fp8 scale whole rows.
+    ``group_size`` (32, 64 or 128) counts for the 4-bit formats; int8 and fp8 scale whole rows,
+    fp8_block has 128.
     ``method``, "mse" or "absmax", chooses the scales, as ``llmos_fast.rounding`` says. A row or
     group of zeros gets scale 0. Raises ValueError for weights that are not 2-D, not floating point,
     empty, or not finite, and for an unknown scheme, group size or method.
     """
     name = format_of(scheme)
     _check(weight, group_size, method)
-    grouped, _ = in_groups(weight, name, group_size)
+    grouped = in_groups(weight, name, group_size)
     scales, zeros = choose_scales(grouped, name, method)
-    codes = encode(grouped, name, scales, zeros).flatten(1)[:, : weight.shape[1]]
+    n, k = weight.shape
+    codes = in_rows(encode(grouped, name, scales, zeros), name)[:n, :k]
     return from_codes(codes, scales, zeros, scheme, group_size)
-
-
-def in_groups(weight: Tensor, name: str, group_size: int) -> tuple[Tensor, int]:
-    """(N, K) -> fp32 (N, groups, group), the last one filled up with 0, and the group's size."""
-    k = weight.shape[1]
-    group = group_size if name in FOUR_BIT else k
-    filled = torch.nn.functional.pad(weight.detach().float(), (0, -k % group))
-    return filled.unflatten(1, (-1, group)), group
 
 
 def _check_group_size(group_size: int) -> None:

@@ -21,20 +21,27 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from llmos_fast.formats import FP8_MAX, NF4_LEVELS, levels_of_codes, round_scales, scale_dtype
+from llmos_fast.formats import (
+    FP8,
+    FP8_MAX,
+    NF4_LEVELS,
+    levels_of_codes,
+    round_scales,
+    scale_dtype,
+)
 
 METHODS = ("mse", "absmax")
 # Weights searched at a time: 1 MiB of fp32 stays in a core's cache.
 _BLOCK = 2**18
 # absmax scale = amax / this
-_DIVISORS = {"int8": 127.0, "int4": 7.5, "nf4": 1.0, "fp8": FP8_MAX}
+_DIVISORS = {"int8": 127.0, "int4": 7.5, "nf4": 1.0} | dict.fromkeys(FP8, FP8_MAX)
 # Candidates: amax (of int4: the weight of the largest magnitude, signed) over each of these; for
 # int4_asym the two ends of the range, shrunk. More of them gain less than 1 % on Gaussian weights.
 _TRIED = {
     "int8": tuple(127 / share for share in (0.97, 0.94, 0.9, 0.85, 0.8)),
     "int4": (-9.6, -8.8, -8.0, -7.3, -6.6),
     "nf4": tuple(1 / share for share in (1.1, 1.03, 0.96, 0.9, 0.8)),
-    "fp8": tuple(FP8_MAX / share for share in (0.93, 0.87, 0.8)),
+    **dict.fromkeys(FP8, tuple(FP8_MAX / share for share in (0.93, 0.87, 0.8))),
 }
 _TRIED_ENDS = ((1.0, 0.9), (0.9, 1.0), (0.9, 0.9))
 
@@ -67,7 +74,7 @@ def encode(grouped: Tensor, name: str, scales: Tensor, zeros: Tensor | None) -> 
     levels = _nearest_levels(grouped, name, scales, zeros)
     if name == "nf4":
         return _nf4_codes(levels).to(torch.uint8)
-    if name == "fp8":
+    if name in FP8:
         return levels.to(torch.float8_e4m3fn).view(torch.uint8)
     if name == "int4_asym":
         assert zeros is not None

@@ -14,6 +14,7 @@ from llmos_fast.nn import dequantize_, quantize_
 from llmos_fast.quantize import (
     FORMATS,
     FOUR_BIT,
+    FP8,
     NF4_LEVELS,
     SCHEMES,
     QuantizedWeight,
@@ -90,7 +91,7 @@ def test_error_is_at_most_half_a_step(name, n, k):
     error = (quantized.dequantize(torch.float64) - weight.double()).abs()
     step = quantized.row_scales().double()
     step = step.repeat_interleave(quantized.group_size, dim=1)[:, :k]
-    if name == "fp8":  # 3 bits of mantissa, and subnormals below 2^-6
+    if name in FP8:  # 3 bits of mantissa, and subnormals below 2^-6
         half_step = torch.maximum(weight.double().abs() / 16, step / 1024)
     else:
         widest = {"nf4": 1 - 0.6961928009986877, "int4_asym": 2.0}.get(name, 1.0)
@@ -140,12 +141,12 @@ def test_second_rounding_changes_nothing_much(name, n, k, group):
     assert first.packed.shape == empty((n, k), name, group).packed.shape
     assert first.scales.shape == empty((n, k), name, group).scales.shape
     again = quantize(first.dequantize(), name, group)
-    span = first.row_scales().abs().max().item() * {"fp8": 32.0}.get(name, 1.0)
+    span = first.row_scales().abs().max().item() * (32.0 if name in FP8 else 1.0)
     assert (first.dequantize() - again.dequantize()).abs().max().item() <= span
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if not s.startswith("fp8_block")])
 def test_rows_are_independent(scheme, method):
     weight = torch.randn(21, 70)
     whole = quantize(weight, scheme, 32, method)
@@ -154,6 +155,33 @@ def test_rows_are_independent(scheme, method):
     assert torch.equal(whole.row_scales()[14:18], part.row_scales())
     if part.zero_points is not None:
         assert torch.equal(whole.row_zero_points()[14:18], part.row_zero_points())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (128, 128), (130, 257), (300, 128)])
+def test_a_block_has_a_scale(n, k, method):
+    """Each block is rounded as if it were the whole weight, and as one long row."""
+    weight = torch.randn(n, k) * 10.0 ** torch.randint(-3, 3, (n, k))
+    whole = quantize(weight, "fp8_block", method=method)
+    assert whole.scales.shape == (-(-n // 128), -(-k // 128))
+    assert (whole.scales.dtype, whole.group_size) == (torch.float32, 128)
+    assert whole.row_scales().shape == (n, whole.scales.shape[1])
+    for i, rows in enumerate(weight.split(128)):
+        for j, block in enumerate(rows.split(128, dim=1)):
+            alone = quantize(block, "fp8_block", method=method)
+            assert torch.equal(alone.scales, whole.scales[i, j].view(1, 1))
+            part = whole.packed[128 * i :, 128 * j :][: block.shape[0], : block.shape[1]]
+            assert torch.equal(alone.packed, part)
+            flat = quantize(block.reshape(1, -1), "fp8", method=method)
+            assert torch.equal(flat.packed.view_as(block), part) or method == "mse"
+
+
+def test_one_scale_for_a_weight_is_that_of_every_row():
+    weight = torch.randn(20, 30)
+    scale = weight.abs().max() / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8)
+    stored = from_codes(codes, scale.expand(20, 1), None, "fp8", 128)
+    assert torch.equal(stored.dequantize(), codes.view(torch.float8_e4m3fn).float() * scale)
 
 
 def test_copies_and_moves_keep_the_bits():
@@ -235,6 +263,7 @@ def test_separate_undoes_interleave(scheme, shape):
         (((32, 64), "int4", 32), ((32, 64), "int4", 64)),
         (((32, 64), "int4", 32), ((32, 64), "nf4", 32)),
         (((32, 64), "fp8", 32), ((32, 64), "fp8", 32)),
+        (((32, 64), "fp8_block", 32), ((32, 64), "fp8_block", 32)),
     ],
 )
 def test_interleave_refuses_what_does_not_fit(gate, up):

@@ -43,6 +43,8 @@ def test_mse_is_never_worse_than_absmax(name, distribution, n, k, group, exponen
     absmax = group_errors(weight, quantize(weight, name, group, "absmax")).sum(-1)
     searched = group_errors(weight, quantize(weight, name, group, "mse")).sum(-1)
     rounding = weight.double().square().sum(-1, keepdim=True) * 1e-12  # of the search in fp32
+    if name == "fp8_block":  # one has all rows
+        absmax, searched, rounding = (errors.sum(0) for errors in (absmax, searched, rounding))
     assert bool((searched <= absmax * (1 + 1e-5) + rounding).all())
 
 

@@ -21,13 +21,13 @@ void bind_quant_matmul(py::module_& module) {
       "quant_matmul",
       [](Address x, int64_t x_stride, Address packed, Address scales, Address zeros, Address bias,
          Address residual, Address out, int64_t m, int64_t n, int64_t k, int64_t group_size,
-         int format, int activation, bool integer, bool bf16, bool gated) {
+         int format, int activation, bool rounds, bool bf16, bool gated) {
         run<QuantMatmul>(quant_matmul, {pointer<const void>(x), x_stride,
                                         pointer<const uint8_t>(packed), pointer<const void>(scales),
                                         pointer<const uint8_t>(zeros), pointer<const float>(bias),
                                         pointer<const void>(residual), pointer<void>(out), m,
                                         weight_shape(n, k, group_size, format), activation >= 0,
-                                        static_cast<Activation>(activation), integer, bf16, gated});
+                                        static_cast<Activation>(activation), rounds, bf16, gated});
       },
       ReleaseGil());
   module.def(

@@ -16,14 +16,16 @@ namespace llmos {
 // gated: panels 0, 2, .. are a gate and 1, 3, .. its partner; weight.n is a multiple of 32, and
 //        y = activation(x G^T + bias_g) (x U^T + bias_u) + residual
 //
-// integer = false:  sums over scale[n, g] level(W[n, k]) x[m, k] in fp32; where x is bf16 and the CPU
-//                   multiplies that, levels too are rounded to bf16, which changes kNf4 only
-// integer = true:   the same with x replaced by s q, where, in fp32, for each group of k (a row for
-//                   kInt8), a = max(max_k |x[m, k]|, 1e-30), s = a / 127, q = round_half_even(
-//                   x (127 / a)); sums over a group are exact. A row with a non-finite x gives NaN.
-//                   kInt8, of k <= 131072, kInt4 and kInt4Asym only.
+// rounds = false:  sums over scale[n, g] level(W[n, k]) x[m, k] in fp32; where x is bf16 and the
+// CPU
+//                  multiplies that, levels too are rounded to bf16, which changes kNf4 only
+// rounds = true:   the same with x replaced by s q, where, in fp32, for each group of k (a row for
+//                  8 bits), a = max(max_k |x[m, k]|, 1e-30). kInt8, of k <= 131072, kInt4 and
+//                  kInt4Asym: s = a / 127, q = round_half_even(x (127 / a)), and sums over a group
+//                  are exact. kFp8: s = a / 448, q is the number of e4m3 nearest to x (448 / a),
+//                  half to even. A row with a non-finite x gives NaN. Not for kNf4.
 // Every sum is taken in the order of k, by one thread: results do not depend on threads, nor, with
-// integer = true, on m.
+// rounds = true, on m.
 struct QuantMatmul {
   const void* x;
   int64_t x_stride;
@@ -37,7 +39,7 @@ struct QuantMatmul {
   WeightShape weight;
   bool activates;
   Activation activation;
-  bool integer;
+  bool rounds;
   bool bf16;
   bool gated;
 };

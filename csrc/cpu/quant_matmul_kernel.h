@@ -318,6 +318,7 @@ template <class S, typename T>
 void run_typed(const QuantMatmul& call) {
   const int64_t m = call.m, k = call.weight.k;
   const bool fp8 = call.weight.format == WeightFormat::kFp8;
+  const bool integer = call.rounds && !fp8;
   Plan plan;
   plan.words = words(call.weight);
   plan.groups = groups(call.weight);
@@ -326,10 +327,10 @@ void run_typed(const QuantMatmul& call) {
   plan.strip = plan.streams ? m : S::kRows;
   plan.depth = ceil_div(k, 64) * 64;
   constexpr bool kPairs = S::kPairs && std::is_same_v<T, lanes::bf16>;
-  const bool pairs = kPairs && !call.integer && !plan.streams && !fp8;
+  const bool pairs = kPairs && !integer && !plan.streams && !fp8;
 
   const int64_t filled = ceil_div(m, plan.strip) * plan.strip;  // rows
-  const int64_t x_size = filled * plan.depth * (call.integer ? 1 : pairs ? 2 : 4);
+  const int64_t x_size = filled * plan.depth * (integer ? 1 : pairs ? 2 : 4);
   char* memory = scratch_bytes<kRowsScratch>(x_size + 2 * filled * plan.groups * 4 + 256);
   int8_t* integers = take<int8_t>(memory, x_size);
   float* floats = reinterpret_cast<float*>(integers);
@@ -338,7 +339,7 @@ void run_typed(const QuantMatmul& call) {
   int32_t* offsets = take<int32_t>(memory, filled * plan.groups);
   const Rows rows{integers, floats, words, offsets, scales};
 
-  if (call.integer)
+  if (integer)
     return run_kind<S, Kind::kInteger, T>(
         call, plan, rows, [&](const T* x, int64_t strip, int64_t place) {
           const int64_t first = strip * plan.groups + place;
@@ -353,7 +354,11 @@ void run_typed(const QuantMatmul& call) {
             pair_row(x, k, plan, words + strip * plan.depth / 2 + place);
           });
   run_kind<S, Kind::kFloat, T>(call, plan, rows, [&](const T* x, int64_t strip, int64_t place) {
-    widen_row(x, k, plan, floats + strip * plan.depth + place);
+    float* out = floats + strip * plan.depth + place;
+    if (call.rounds)
+      e4m3_row<typename S::Rounding>(x, k, plan, out);
+    else
+      float_row(x, k, plan, out, [](lanes::F values) { return values; });
   });
 }
 

@@ -49,11 +49,26 @@ struct PlainRounding {
   }
 };
 
+// The largest magnitude, at least 1e-30; NaN where one is not finite. Inlined: out of line gcc 12
+// warns about its own intrinsics.
+template <typename Rounding, typename T>
+LLMOS_INLINE float largest_magnitude(const T* x, int64_t count) {
+  using lanes::U;
+  U most = {};  // bits of |x|: integer order is float order, with inf and NaN on top
+  for (int64_t i = 0; i < count; i += lanes::kLanes) {
+    const U magnitude = lanes::as_bits(lanes::load(x + i, count - i)) & 0x7fffffffu;
+    most = magnitude > most ? magnitude : most;
+  }
+  const uint32_t largest = Rounding::largest(most);
+  if (largest >= 0x7f800000) return float_of(0x7fc00000);
+  return float_of(largest) < 1e-30f ? 1e-30f : float_of(largest);
+}
+
 // One row into its place in a strip: `out`, `offsets` and `scales` are its first elements there.
 template <typename Rounding, typename T>
 void quantize_row(const T* x, const QuantMatmul& call, const Plan& plan, int8_t* out,
                   int32_t* offsets, float* scales) {
-  using lanes::F, lanes::I, lanes::U;
+  using lanes::I;
   const int64_t k = call.weight.k;
   const int32_t factor = offset_factor(call.weight.format);
   for (int64_t group = 0; group < plan.groups; ++group) {
@@ -61,14 +76,8 @@ void quantize_row(const T* x, const QuantMatmul& call, const Plan& plan, int8_t*
     const int64_t begin = group * call.weight.group_size;
     const bool last = group + 1 == plan.groups;
     const int64_t end = last ? k : begin + call.weight.group_size;
-    U most = {};  // bits of |x|: integer order is float order, with inf and NaN on top
-    for (int64_t i = begin; i < end; i += lanes::kLanes) {
-      const U magnitude = lanes::as_bits(lanes::load(x + i, end - i)) & 0x7fffffffu;
-      most = magnitude > most ? magnitude : most;
-    }
-    const uint32_t largest = Rounding::largest(most);
-    const bool finite = largest < 0x7f800000;
-    const float amax = float_of(largest) < 1e-30f ? 1e-30f : float_of(largest);
+    const float amax = largest_magnitude<Rounding>(x + begin, end - begin);
+    const bool finite = amax == amax;
     const float inverse = 127.0f / amax;
 
     I sum = {};
@@ -81,17 +90,37 @@ void quantize_row(const T* x, const QuantMatmul& call, const Plan& plan, int8_t*
       sum += integers;
     }
     offsets[group * plan.strip] = Rounding::total(sum) * factor;
-    scales[group * plan.strip] = finite ? amax / 127.0f : float_of(0x7fc00000);
+    scales[group * plan.strip] = amax / 127.0f;
   }
 }
 
-template <typename T>
-void widen_row(const T* x, int64_t k, const Plan& plan, float* out) {
+// One row of floats into its place, as `make` makes them of those in x.
+template <typename T, typename Make>
+void float_row(const T* x, int64_t k, const Plan& plan, float* out, Make make) {
   for (int64_t i = 0; i < plan.depth; i += lanes::kLanes) {
     lanes::F values = {};
-    if (i < k) values = lanes::load(x + i, k - i);
+    if (i < k) values = make(lanes::load(x + i, k - i));
     for (int j = 0; j < lanes::kLanes; ++j) out[(i + j) * plan.strip] = values[j];
   }
+}
+
+// The nearest numbers of e4m3, half to even, of |x| <= 464; NaN gives anything.
+inline lanes::F nearest_e4m3(lanes::F x) {
+  asm("" : "+m"(x));  // as in nearest_integers
+  const lanes::U bits = lanes::as_bits(x);
+  const lanes::F normal = lanes::as_float((bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000u);
+  // below the normal ones they are 2^-9 apart, as fp32's are from 2^14 on
+  const lanes::F subnormal = (x + 0x1.8p14f) - 0x1.8p14f;
+  return lanes::absolute(x) < 0x1p-6f ? subnormal : normal;
+}
+
+// As `float_row`, rounded to e4m3 with one scale.
+template <typename Rounding, typename T>
+void e4m3_row(const T* x, int64_t k, const Plan& plan, float* out) {
+  const float amax = largest_magnitude<Rounding>(x, k);
+  const float inverse = 448.0f / amax, scale = amax / 448.0f;
+  float_row(x, k, plan, out,
+            [=](lanes::F values) { return nearest_e4m3(values * inverse) * scale; });
 }
 
 inline void pair_row(const lanes::bf16* x, int64_t k, const Plan& plan, uint32_t* out) {

@@ -36,7 +36,7 @@ def quantize(
     checkpoint: AnyModel,
     scheme: Annotated[
         str,
-        Option(help="int8, int4, int4_asym, nf4, fp8; _a16: float activations."),
+        Option(help="int8, int4, int4_asym, nf4, fp8, fp8_block; _a16: float activations."),
     ] = "int8",
     group_size: Annotated[int, Option(help="Weights that share a scale.", min=1)] = 64,
     method: Annotated[str, Option(help="absmax, mse, or gptq, which reads training text.")] = "mse",

@@ -28,8 +28,12 @@ __all__ = [
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # CacheType of csrc/cpu/kernels.h
 CACHE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
-# WeightFormat of csrc/quant_formats.h
-FORMAT_CODES = {scheme: FORMATS.index(format_of(scheme)) for scheme in SCHEMES}
+# WeightFormat of csrc/quant_formats.h, which has no fp8_block
+FORMAT_CODES = {
+    scheme: FORMATS.index(format_of(scheme))
+    for scheme in SCHEMES
+    if format_of(scheme) != "fp8_block"
+}
 NO_STRIDES = (0, 0, 0, 0)
 # glibc keeps no larger piece for the next call
 _ALWAYS_FRESH = 2**25

@@ -12,12 +12,14 @@ from llmos_fast.native.common import _C, FORMAT_CODES, address, contiguous, dtyp
 from llmos_fast.quantize import QuantizedWeight
 
 
-def unsupported(*, ids: Tensor, dtype: torch.dtype, **_: object) -> str | None:
-    """Needs CPU tensors and a result in fp32 or bf16."""
+def unsupported(*, ids: Tensor, qweight: QuantizedWeight, dtype: torch.dtype) -> str | None:
+    """Needs CPU tensors, scales of rows or their groups, and a result in fp32 or bf16."""
     if (reason := refusal_of_transforms()) is not None:
         return reason
     if not ids.is_cpu:
         return f"needs CPU tensors, got {ids.device}"
+    if qweight.scheme not in FORMAT_CODES:
+        return f"reads scales of rows and their groups, got {qweight.scheme}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"needs float32 or bfloat16, got {dtype}"
     return None

@@ -18,7 +18,7 @@ from llmos_fast.library import (
 from llmos_fast.native import quant_matmul_cuda as cuda
 from llmos_fast.native import quant_matmul_self_test as self_test
 from llmos_fast.native.common import FORMAT_CODES, address, contiguous, dtype_code
-from llmos_fast.quantize import SCHEMES, QuantizedWeight, format_of, rounds_activations
+from llmos_fast.quantize import FP8, SCHEMES, QuantizedWeight, format_of, rounds_activations
 from llmos_fast.reference import quant_matmul as definition
 from llmos_fast.reference.quant_matmul import finish
 
@@ -126,7 +126,7 @@ def _on_cpu(
         bias = bias.float().contiguous()
     if residual is not None:
         residual = residual.contiguous()
-    code, integer = FORMAT_CODES[scheme], _ROUNDS[scheme]
+    code, rounds = FORMAT_CODES[scheme], _ROUNDS[scheme]
     out = x.new_empty((*leading, n // 2 if gated else n))
     if m:
         _C.quant_matmul(
@@ -144,7 +144,7 @@ def _on_cpu(
             group_size,
             code,
             cuda.ACTIVATION_CODES[activation],
-            integer,
+            rounds,
             x.dtype == torch.bfloat16,
             gated,
         )
@@ -219,12 +219,14 @@ def unsupported(
     if qweight.scheme == "int8" and x.shape[-1] > _MAX_INTEGER_K:
         return f"sums in int32: it needs K <= {_MAX_INTEGER_K}, got {x.shape[-1]}"
     if x.is_cpu:
+        if qweight.scheme not in FORMAT_CODES:
+            return f"reads scales of rows and their groups on CPUs, got {qweight.scheme}"
         return None
     if x.device.type != "cuda":
         return f"needs a CPU or CUDA tensor, got {x.device.type}"
     if not cuda.is_built():
         return "needs the CUDA extension, which was not built (no nvcc at install time)"
-    if format_of(qweight.scheme) == "fp8":
+    if format_of(qweight.scheme) in FP8:
         return f"takes int8, int4, int4_asym and nf4 on CUDA, got {qweight.scheme}"
     return self_test.refusal(x.device, qweight.scheme, x.dtype)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llmos_fast.formats import levels_of_codes
-from llmos_fast.quantize import QuantizedWeight, format_of, from_codes, in_groups
+from llmos_fast.groups import group_columns, group_rows, in_groups, scales_of_rows
+from llmos_fast.quantize import QuantizedWeight, format_of, from_codes
 from llmos_fast.rounding import choose_scales, encode
 
 # Columns whose errors are spread within the block at once, over the rest in one product.
@@ -35,21 +36,23 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: str, group_size: int) -> Quant
     name = format_of(scheme)
     damped = _damp(hessian.float(), _DAMPING)
     energy = damped.diagonal()
-    grouped, group = in_groups(weight, name, group_size)
-    importance, _ = in_groups(energy[None], name, group_size)
+    grouped = in_groups(weight, name, group_size)
+    importance = in_groups(energy.expand(group_rows(name), -1), name, group_size)
     scales, zeros = choose_scales(grouped, name, "mse", importance[0])
+    n, k = weight.shape
+    scales_by_row = scales_of_rows(scales, name, n)
 
     order = energy.argsort(descending=True, stable=True)
     # rows are columns of the weight: what a step reads and writes lies together
     columns = weight.detach().float().T[order].contiguous()
     spread = _inverse_factor(hessian.float()[order][:, order])
     codes = torch.empty_like(columns, dtype=torch.uint8)
-    groups = (order // group).tolist()
+    groups = (order // group_columns(name, group_size, k)).tolist()
     for begin in range(0, len(groups), _BLOCK):
         end = min(begin + _BLOCK, len(groups))
         errors = torch.empty_like(columns[begin:end])
         for j in range(begin, end):
-            scale = scales[:, groups[j]]
+            scale = scales_by_row[:, groups[j]]
             zero = None if zeros is None else zeros[:, groups[j]]
             code = encode(columns[j, :, None], name, scale, zero)[:, 0]
             rounded = levels_of_codes(name, code, zero, torch.float32) * scale

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmos_fast import dispatch
-from llmos_fast.quantize import PANEL, QuantizedWeight, format_of
+from llmos_fast.quantize import FP8, PANEL, QuantizedWeight, format_of
 
 ACTIVATIONS = (None, "relu", "relu2", "gelu", "gelu_tanh", "silu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -35,10 +35,13 @@ def quant_matmul(
     residual: as the result, added to it
     returns: Float[... out_features] in x's dtype; sums are fp32 (fp64 for fp64), rounded once
 
-    Schemes without "_a16" first round x to int8, in groups of qweight.group_size (whole rows for
-    int8) that have a scale each: in fp32, ``q = round_half_even(x * (127 / amax))``, standing for
-    ``q * (amax / 127)``. Integer products are exact. A row of x that is not finite gives NaN there.
-    An empty x gives an empty result.
+    Schemes without "_a16", but for nf4, first round x, in groups of qweight.group_size (whole rows
+    for int8 and fp8) that have a scale each: in fp32, ``q = round_half_even(x * (most / amax))``,
+    standing for ``q * (amax / most)``, where amax is the group's largest magnitude and at least
+    1e-30. The int schemes have integers q and most = 127; their products are exact. The fp8 schemes
+    have q in e4m3, subnormal numbers included, and most = 448, which nothing exceeds; on a GPU
+    tensor cores sum 128 products at a time in less than fp32, and those sums are added in fp32. A
+    row of x that is not finite gives NaN there. An empty x gives an empty result.
 
     Gradients go to x, bias and residual, never to the weight: dX = dY W, straight through the
     rounding of x (so an adapter beside a frozen quantized layer trains as in QLoRA, arXiv
@@ -62,7 +65,7 @@ def quant_matmul(
     if activation not in ACTIVATIONS:
         known = ", ".join(str(name) for name in ACTIVATIONS)
         raise _error("activation", f"must be one of {known}", repr(activation))
-    if gated and (n % (2 * PANEL) or format_of(qweight.scheme) == "fp8"):
+    if gated and (n % (2 * PANEL) or format_of(qweight.scheme) in FP8):
         raise _error("qweight", "must be interleave(gate, up) for gated=True", f"{qweight.shape}")
     if residual is not None:
         _check_tensor("residual", residual, (*x.shape[:-1], n // 2 if gated else n), x)

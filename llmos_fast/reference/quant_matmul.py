@@ -4,24 +4,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmos_fast.formats import FP8, FP8_MAX
 from llmos_fast.quantize import PANEL, QuantizedWeight, rounds_activations
 from llmos_fast.reference.precision import upcast
 
 
-def round_to_int8(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Integers -127..127 in fp32 like ``x``, and the scales that they are to be multiplied with.
+def round_activations(x: Tensor, scheme: str, group_size: int) -> tuple[Tensor, Tensor]:
+    """Levels q in fp32 like ``x``, and the scales that they are to be multiplied with.
 
-    For each group of the last dimension: scale = amax / 127 and q = round_half_even(x * (127 /
-    amax)), where amax is its largest magnitude and at least 1e-30. A group that is not finite
-    becomes NaN.
+    For each group of the last dimension: scale = amax / most and q = round_half_even(x * (most /
+    amax)), where amax is its largest magnitude and at least 1e-30. int8: most is 127, and q an
+    integer; fp8: most is 448, and q a number of e4m3. A group that is not finite becomes NaN.
     """
-    k = x.shape[-1]
+    k, fp8 = x.shape[-1], scheme in FP8
+    most = FP8_MAX if fp8 else 127.0
     grouped = F.pad(x.float(), (0, -k % group_size)).unflatten(-1, (-1, group_size))
     amax = grouped.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
-    # 127 / amax would be amax.reciprocal() * 127: another rounding, and one x in a million moves
-    inverse = torch.full_like(amax, 127.0) / amax
-    integers = torch.round(grouped * inverse).flatten(-2)[..., :k]
-    return integers, (amax / 127).expand_as(grouped).flatten(-2)[..., :k]
+    # most / amax would be amax.reciprocal() * most: another rounding, and one x in a million moves
+    scaled = grouped * (torch.full_like(amax, most) / amax)
+    levels = scaled.to(torch.float8_e4m3fn).float() if fp8 else torch.round(scaled)
+    return levels.flatten(-2)[..., :k], (amax / most).expand_as(grouped).flatten(-2)[..., :k]
 
 
 def apply_activation(y: Tensor, activation: str | None) -> Tensor:
@@ -48,9 +50,9 @@ def quant_matmul(
     """As ``llmos_fast.ops.quant_matmul``; the gradient passes through the rounding of x."""
     wide = upcast(x)
     if rounds_activations(qweight.scheme):
-        integers, scale = round_to_int8(x.detach(), qweight.group_size)
+        levels, scale = round_activations(x.detach(), qweight.scheme, qweight.group_size)
         # adds exactly zero, and carries the gradient
-        wide = integers.to(wide.dtype) * scale.to(wide.dtype) + (wide - wide.detach())
+        wide = levels.to(wide.dtype) * scale.to(wide.dtype) + (wide - wide.detach())
     y = F.linear(wide, qweight.dequantize(wide.dtype))
     if bias is not None:
         y = y + bias.to(y.dtype)

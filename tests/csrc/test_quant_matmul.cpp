@@ -50,7 +50,7 @@ struct Values {
 struct Case {
   WeightFormat format;
   int64_t m, n, k, group_size, x_stride;
-  bool integer, bf16, gated, bias, residual, broken;
+  bool rounds, bf16, gated, bias, residual, broken;
   int activation;  // of enum Activation, or -1
   int shift;       // of all pointers
 };
@@ -75,6 +75,17 @@ Bounded activate(int activation, Bounded y) {
   if (activation == static_cast<int>(Activation::silu)) value = x / (1 + std::exp(-x));
   if (std::isnan(x)) value = x;  // which fmax drops
   return {value, slope * y.error + 1e-6 * std::fabs(x)};
+}
+
+// Of all finite codes the one nearest to |x|, the even one of two.
+double nearest_fp8(double x) {
+  int nearest = 0;
+  for (int code = 1; code < 0x7f; ++code) {
+    const double now = std::fabs(std::fabs(x) - fp8_value(nearest));
+    const double then = std::fabs(std::fabs(x) - fp8_value(code));
+    if (then < now || (then == now && code % 2 == 0)) nearest = code;
+  }
+  return std::copysign(fp8_value(nearest), x);
 }
 
 class Problem {
@@ -114,7 +125,7 @@ class Problem {
     quant_matmul({x_.data(), c_.x_stride, packed_.data(), scales_.data(), zeros(),
                   c_.bias ? bias_.floats() : nullptr, c_.residual ? residual_.data() : nullptr,
                   out.data(), c_.m, shape_, c_.activation >= 0,
-                  static_cast<Activation>(std::max(c_.activation, 0)), c_.integer, c_.bf16,
+                  static_cast<Activation>(std::max(c_.activation, 0)), c_.rounds, c_.bf16,
                   c_.gated});
     for (Guarded* memory : {&packed_, &zeros_, &scales_.memory, &bias_.memory, &residual_.memory,
                             &x_.memory, &out.memory})
@@ -176,10 +187,12 @@ class Problem {
                     zeros_.data()[scale_index(shape_, row, column)]);
   }
 
-  // A row of x as it is multiplied: rounded to integers times the scale of a group, in `integer`.
+  // A row of x as it is multiplied: where it is rounded, levels times the scale of a group.
   void prepare(int64_t row, std::vector<double>& values) {
     for (int64_t i = 0; i < c_.k; ++i) values[i] = x_.at(row * c_.x_stride + i);
-    if (!c_.integer) return;
+    if (!c_.rounds) return;
+    const bool fp8 = c_.format == WeightFormat::kFp8;
+    const float most = fp8 ? 448.0f : 127.0f;
     for (int64_t begin = 0; begin < c_.k; begin += c_.group_size) {
       const int64_t end = std::min(begin + c_.group_size, c_.k);
       float largest = 1e-30f;
@@ -188,10 +201,10 @@ class Problem {
         finite = finite && std::isfinite(values[i]);
         largest = std::fmax(largest, std::fabs(values[i]));
       }
-      const float inverse = 127.0f / largest, scale = finite ? largest / 127.0f : NAN;
+      const float inverse = most / largest, scale = finite ? largest / most : NAN;
       for (int64_t i = begin; i < end; ++i) {
         volatile const float scaled = static_cast<float>(values[i]) * inverse;  // rounded to fp32
-        values[i] = std::nearbyint(scaled) * scale;
+        values[i] = (fp8 ? nearest_fp8(scaled) : std::nearbyint(scaled)) * scale;
       }
     }
   }
@@ -201,7 +214,8 @@ class Problem {
     for (int64_t i = 0; i < c_.n * c_.k; ++i)
       weights[i] = level(i / c_.k, i % c_.k) * scales_.at(scale_index(shape_, i / c_.k, i % c_.k));
     // roundings of fp32 on the way of one product into its sum
-    const double roundings = 8 + (c_.integer ? groups(shape_) : c_.k);
+    const bool exact = c_.rounds && c_.format != WeightFormat::kFp8;
+    const double roundings = 8 + (exact ? groups(shape_) : c_.k);
     // some sets round the levels of this format to bf16 where x is bf16
     const double level = c_.format == WeightFormat::kNf4 && c_.bf16 ? 0x1p-9 : 0;
     const auto product = [&](int64_t row) {
@@ -237,7 +251,7 @@ class Problem {
         "FAILED %s: %s: format %d m %d n %d k %d group %d x_stride %d %s %s%s%s%s%s "
         "activation %d shift %d\n",
         name.c_str(), what, int(c_.format), int(c_.m), int(c_.n), int(c_.k), int(c_.group_size),
-        int(c_.x_stride), c_.integer ? "integer" : "float", c_.bf16 ? "bf16" : "fp32",
+        int(c_.x_stride), c_.rounds ? "rounded" : "float", c_.bf16 ? "bf16" : "fp32",
         c_.gated ? " gated" : "", c_.bias ? " bias" : "", c_.residual ? " residual" : "",
         c_.broken ? " broken" : "", c_.activation, c_.shift);
     return false;
@@ -261,27 +275,27 @@ std::vector<Case> cases() {
   for (int64_t m = 1; m <= 20; ++m) rows.push_back(m);
   std::vector<Case> all;
   Random random;
-  const auto add = [&](WeightFormat format, bool integer, bool bf16, int64_t m, int64_t n,
+  const auto add = [&](WeightFormat format, bool rounds, bool bf16, int64_t m, int64_t n,
                        int64_t k) {
     const bool gated = random.below(3) == 0, broken = random.below(8) == 0;
     if (gated) n = (n + 31) / 32 * 32;
     const bool whole = format == WeightFormat::kInt8 || format == WeightFormat::kFp8;
     all.push_back({format, m, n, k, whole ? k : 32 << random.below(3), k + random.below(2) * 7,
-                   integer, bf16, gated, random.below(2) == 0, random.below(2) == 0, broken,
+                   rounds, bf16, gated, random.below(2) == 0, random.below(2) == 0, broken,
                    broken ? -1 : random.below(6) - 1, random.below(4)});
   };
   for (const WeightFormat format : kFormats)
-    for (const bool integer : {false, true})
+    for (const bool rounds : {false, true})
       for (const bool bf16 : {false, true}) {
-        if (integer && (format == WeightFormat::kNf4 || format == WeightFormat::kFp8)) continue;
+        if (rounds && format == WeightFormat::kNf4) continue;
         // every m with one of the shapes, every shape with some m
         const int first = random.below(5);
         for (const int64_t m : rows) {
           const auto& shape = shapes[(first + m) % 5];
-          add(format, integer, bf16, m, shape[0], shape[1]);
+          add(format, rounds, bf16, m, shape[0], shape[1]);
         }
-        add(format, integer, bf16, 70, 130, 401);
-        add(format, integer, bf16, 520, 33, 40);  // two blocks of rows
+        add(format, rounds, bf16, 70, 130, 401);
+        add(format, rounds, bf16, 520, 33, 40);  // two blocks of rows
       }
   return all;
 }

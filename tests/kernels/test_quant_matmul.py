@@ -29,35 +29,35 @@ def check(x, weight, bias=None, activation=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_sizes(rows, sizes, dtype):
     n, k = sizes
-    check(random(*rows, k, dtype=dtype), quantize(random(n, k), "fp8"), random(n, dtype=dtype))
+    check(random(*rows, k, dtype=dtype), quantize(random(n, k), "fp8_a16"), random(n, dtype=dtype))
 
 
 @pytest.mark.parametrize("rows", [9, 70])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_activations(rows, activation, dtype):
-    check(random(rows, 50, dtype=dtype), quantize(random(33, 50), "fp8"), None, activation)
+    check(random(rows, 50, dtype=dtype), quantize(random(33, 50), "fp8_a16"), None, activation)
 
 
 def test_a_bias_in_fp32():
-    weight = quantize(random(33, 50), "fp8")
+    weight = quantize(random(33, 50), "fp8_a16")
     check(random(9, 50, dtype=torch.bfloat16), weight, random(33))
 
 
 def test_rows_by_tma():
     launch = ProductLaunch(32, 32, 32, 4, 1, PART=16, TMA=True)
     with forced(product=launch):
-        check(random(70, 64, dtype=torch.bfloat16), quantize(random(48, 64), "fp8"), random(48))
+        check(random(70, 64, dtype=torch.bfloat16), quantize(random(48, 64), "fp8_a16"), random(48))
 
 
 def test_what_is_refused():
     x = random(2, 8, requires_grad=True)
     with pytest.raises(ValueError, match="computes no gradients"):
-        ops.quant_matmul(x, quantize(random(4, 8), "fp8"), impl="triton")
-    with pytest.raises(ValueError, match="takes fp8 weights, got int8"):
+        ops.quant_matmul(x, quantize(random(4, 8), "fp8_a16"), impl="triton")
+    with pytest.raises(ValueError, match="takes fp8_a16, got int8"):
         ops.quant_matmul(x.detach(), quantize(random(4, 8), "int8"), impl="triton")
 
 
 def test_opcheck():
-    weight = quantize(random(4, 8), "fp8")
+    weight = quantize(random(4, 8), "fp8_a16")
     arguments = (random(3, 8), weight.packed, weight.scales.view(-1), random(4), "gelu")
     torch.library.opcheck(torch.ops.llmos_fast.fp8_product_triton.default, arguments)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmos_fast import explain, ops, quantize
-from llmos_fast.quantize import SCHEMES
+from llmos_fast.native.common import FORMAT_CODES
 from llmos_fast.testing import random
 
 IMPLEMENTATIONS = ["native", "reference"]
@@ -13,7 +13,7 @@ IMPLEMENTATIONS = ["native", "reference"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 @pytest.mark.parametrize("columns", [1, 30, 64, 70, 500])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", FORMAT_CODES)
 def test_native_gives_the_bits_of_the_definition(scheme, columns, index, dtype):
     table = quantize(random(37, columns), scheme, 32, "absmax")
     for ids in (torch.randint(37, (5, 40)), torch.arange(37).flip(0)[::2], torch.tensor(36)):

@@ -10,19 +10,20 @@ from hypothesis import strategies as st
 
 from llmos_fast import _C, dispatch, explain, ops, reference
 from llmos_fast.native import quant_matmul as native
+from llmos_fast.native.common import FORMAT_CODES
 from llmos_fast.ops.quant_matmul import ACTIVATIONS
 from llmos_fast.quantize import (
     FORMATS,
-    SCHEMES,
     QuantizedWeight,
     from_codes,
     interleave,
     quantize,
 )
-from llmos_fast.reference.quant_matmul import apply_activation
+from llmos_fast.reference.quant_matmul import apply_activation, round_activations
 from llmos_fast.testing import assert_close_to_truth, assert_within_budget, random
 
 SETS = tuple(_C.cpu_sets())
+SCHEMES = tuple(FORMAT_CODES)  # that the kernels take
 SIZES = [(1, 1, 1), (7, 63, 253), (63, 7, 65), (13, 130, 128), (1, 253, 300), (2, 16, 32)]
 
 
@@ -134,6 +135,49 @@ def test_rounding_is_half_to_even(cpu_set):
     assert torch.equal(quant_matmul(x, weight, impl="native").round(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_to_e4m3(cpu_set, dtype):
+    """By a weight that is 1: all finite codes, numbers between two of them, and what underflows."""
+    codes = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    between = (codes[1:] + codes[:-1]) / 2
+    row = torch.cat((codes, -between, between * 1.01, -between * 0.99, codes[:9] / 1e3))
+    k = row.numel()
+    ones = from_codes(0x38 * torch.eye(k, dtype=torch.uint8), torch.ones(k, 1), None, "fp8", 128)
+    x = torch.stack([row, row / 448, row * 1e30, row * 1e-37, random(k), torch.zeros(k)]).to(dtype)
+    levels, scales = round_activations(x, "fp8", k)
+    assert torch.equal(quant_matmul(x, ones, impl="native"), (levels * scales).to(dtype))
+    assert torch.equal(levels[0].to(dtype), row.to(torch.float8_e4m3fn).to(dtype))
+
+
+def test_the_definition_of_fp8():
+    """One number after another, for scales of rows and of blocks."""
+    x, weights = random(2, 150).bfloat16().float(), random(130, 150)
+    for scheme, size in (("fp8", 150), ("fp8_block", 128)):
+        weight = quantize(weights, scheme)
+        y = quant_matmul(x.double(), weight, impl="reference")
+        for row, column in ((0, 0), (1, 127), (1, 129)):
+            total = 0.0
+            for begin in range(0, 150, size):
+                part = x[row, begin : begin + size]
+                most = torch.full((1,), 448.0)
+                inverse, scale = most / part.abs().max(), part.abs().max() / most
+                levels = (part * inverse).to(torch.float8_e4m3fn).double()
+                place = (column, 0) if scheme == "fp8" else (column // 128, begin // 128)
+                codes = weight.packed[column, begin : begin + size].view(torch.float8_e4m3fn)
+                products = levels * scale.double() * codes.double() * weight.scales[place].double()
+                total += products.sum().item()
+            assert y[row, column].item() == pytest.approx(total, rel=1e-12)
+
+
+def test_blocks_take_the_reference():
+    weight = quantize(random(130, 150), "fp8_block")
+    assert "got fp8_block" in explain(quant_matmul, random(2, 150), weight)[0].reason
+    x = random(2, 150, requires_grad=True)
+    (gradient,) = torch.autograd.grad(quant_matmul(x, weight).sum(), x)
+    expected = weight.dequantize().sum(0).expand(2, -1)
+    assert_close_to_truth(gradient, expected, expected.double(), reduction=130)
+
+
 def test_an_outlier_costs_its_group_alone(cpu_set):
     weight = quantize(random(40, 256), "int4", 32)
     x = random(9, 256)
@@ -148,7 +192,7 @@ def test_an_outlier_costs_its_group_alone(cpu_set):
     assert bool(((rest - quant_matmul(x, weight, impl="native")).abs() <= coarse).all())
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
 def test_rows_that_are_zero_tiny_or_not_finite(cpu_set, scheme):
     weight = quantize(random(5, 40), scheme, 32)
     x = random(6, 40)
@@ -215,7 +259,7 @@ def test_any_shape(scheme, m, n, k, group, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name in FORMATS if name in SCHEMES])
 def test_native_dequantize_is_the_definition(name, dtype):
     """The index and level functions that the CUDA kernel is made of, run on the CPU."""
     weight = quantize(random(9, 131), name, 64)
