@@ -32,7 +32,7 @@ WINDOWS = 128
 SCHEMES: list[dict[str, object]] = [
     {"dtype": torch.float32},
     {"dtype": torch.bfloat16},
-    {"scheme": "int8"},
+    *({"scheme": scheme} for scheme in ("int8", "fp8", "fp8_block")),
     *(
         {"scheme": scheme, "group_size": group_size}
         for scheme in ("int4", "int4_asym", "nf4")

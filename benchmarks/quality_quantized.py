@@ -54,7 +54,8 @@ class Setting(NamedTuple):
 
 def settings() -> Iterator[Setting]:
     for method in ("absmax", "mse", "gptq"):
-        yield Setting("int8", 128, method)
+        for scheme in ("int8", "fp8", "fp8_block"):
+            yield Setting(scheme, 128, method)
     for scheme in ("int4", "int4_asym", "nf4"):
         for group_size in (32, 64):
             for method in ("absmax", "mse", "gptq", "mixed"):

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmos_fast.formats import FP8_BLOCK, FP8_MAX
+
+from . import cuda
 from .quant_peers import round_int8
 
 Product = Callable[[Tensor], Tensor]
@@ -66,6 +69,51 @@ def bnb_nf4(weight: Tensor, group: int) -> Product:
     return lambda x: bnb.matmul_4bit(x, packed.t(), quant_state=state)
 
 
+def to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(e4m3, scales) of fp32 values; the last two dimensions share a scale."""
+    scales = values.abs().amax((-1, -2), keepdim=True).clamp(min=1e-30) / FP8_MAX
+    return (values / scales).to(torch.float8_e4m3fn), scales
+
+
+def rows_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(e4m3 [m k], scales [m 1])."""
+    levels, scales = to_fp8(x.float()[:, None])
+    return levels[:, 0], scales[:, 0]
+
+
+def groups_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(e4m3 [m k], scales [m groups], which lie group after group)."""
+    levels, scales = to_fp8(x.float().unflatten(1, (-1, 1, FP8_BLOCK)))
+    return levels.flatten(1), scales[..., 0, 0].T.contiguous().T
+
+
+def torch_fp8(weight: Tensor, group: int) -> Product:
+    """Rounds x by a compiled function, as it would be in a compiled model."""
+    levels, scales = rows_to_fp8(weight)
+    rounded = cuda.compiled(rows_to_fp8)
+
+    def product(x: Tensor) -> Tensor:
+        x_levels, x_scales = rounded(x)
+        return torch._scaled_mm(x_levels, levels.T, x_scales, scales.T, out_dtype=x.dtype)
+
+    return product
+
+
+def torch_fp8_blocks(weight: Tensor, group: int) -> Product:
+    """As ``torch_fp8``, of sizes that blocks divide."""
+    blocks = weight.float().unflatten(0, (-1, FP8_BLOCK)).unflatten(2, (-1, FP8_BLOCK))
+    by_block, block_scales = to_fp8(blocks.transpose(1, 2))
+    levels = by_block.transpose(1, 2).flatten(2).flatten(0, 1)
+    scales = block_scales[..., 0, 0]
+    rounded = cuda.compiled(groups_to_fp8)
+
+    def product(x: Tensor) -> Tensor:
+        x_levels, x_scales = rounded(x)
+        return torch._scaled_mm(x_levels, levels.T, x_scales, scales.T, out_dtype=x.dtype)
+
+    return product
+
+
 PEERS: dict[str, dict[str, Callable[[Tensor, int], Product]]] = {
     "int8_a16": {"cublas_bf16": cublas_bf16, "torch_int8": torch_int8},
     "int4_a16": {"cublas_bf16": cublas_bf16, "torch_int4": torch_int4},
@@ -74,6 +122,9 @@ PEERS: dict[str, dict[str, Callable[[Tensor, int], Product]]] = {
     "int8": {"cublas_bf16": cublas_bf16, "torch_int_mm": torch_int_mm},
     "int4": {"cublas_bf16": cublas_bf16},
     "int4_asym": {"cublas_bf16": cublas_bf16},
+    "fp8": {"cublas_bf16": cublas_bf16, "torch_fp8": torch_fp8},
+    "fp8_block": {"cublas_bf16": cublas_bf16, "torch_fp8_blocks": torch_fp8_blocks},
+    "fp8_a16": {"cublas_bf16": cublas_bf16},
 }
 
 

@@ -14,6 +14,18 @@ from .philox import Dropout, kept
 from .runtime import wide
 
 
+class Scales(NamedTuple):
+    """What the sums of a product are multiplied with.
+
+    Attributes:
+        columns: Float32[n].
+        rows: Float32[m], or None.
+    """
+
+    columns: Tensor
+    rows: Tensor | None = None
+
+
 class Epilogue(NamedTuple):
     """What happens to a tile of the product; None is off.
 
@@ -24,7 +36,7 @@ class Epilogue(NamedTuple):
         residual: Matrix [m n], added last.
         pre: Matrix [m n], receives the product with its bias, before the activation.
         pre_up: Matrix [m n], likewise of the product that is gated, together with ``pre``.
-        scales: Float32[n], of the product itself, before anything else.
+        scales: of the product itself, before anything else.
     """
 
     bias: Tensor | None
@@ -33,7 +45,7 @@ class Epilogue(NamedTuple):
     residual: Matrix | None = None
     pre: Matrix | None = None
     pre_up: Matrix | None = None
-    scales: Tensor | None = None
+    scales: Scales | None = None
 
 
 @triton.jit
@@ -83,7 +95,10 @@ def finish(
     else:
         if scales is not None:
             c = n + tl.arange(0, BLOCK_N)
-            y *= tl.load(scales + c, mask=c < n_size, other=0.0)[None, :]
+            y *= tl.load(scales.columns + c, mask=c < n_size, other=0.0)[None, :]
+            if scales.rows is not None:
+                r = m + tl.arange(0, BLOCK_M)
+                y *= tl.load(scales.rows + r, mask=r < m_size, other=0.0)[:, None]
         y = add_bias(y, bias, n, n_size, BLOCK_N)
         if pre is not None:
             write_tile(y, pre_sink, pre, m, n, m_size, n_size, BLOCK_M, BLOCK_N, TMA)

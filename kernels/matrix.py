@@ -12,8 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmos_fast.formats import FP8_BLOCK
+
 from .attention_rows import fits_tma
 from .runtime import dot, wide
+
+_BLOCK = tl.constexpr(FP8_BLOCK)
 
 
 class Matrix(NamedTuple):
@@ -27,6 +31,20 @@ class Matrix(NamedTuple):
 def matrix(x: Tensor) -> Matrix:
     """Float[rows columns], any strides."""
     return Matrix(x, *x.stride())
+
+
+class BlockScales(NamedTuple):
+    """Scales within a sum, for tiles of at most FP8_BLOCK columns and as much of K.
+
+    Attributes:
+        left: Float32[groups m], of FP8_BLOCK columns of a row of the left operand.
+        right: Float32[n / FP8_BLOCK groups], of as many rows and columns of the weight.
+        groups: K / FP8_BLOCK, rounded up.
+    """
+
+    left: Tensor
+    right: Tensor
+    groups: int
 
 
 def optional_matrix(x: Tensor | None) -> Matrix | None:
@@ -136,18 +154,32 @@ def load_right(
 def multiply(
     acc, left_source, left, right_source, right, m, n, m_size, n_size, k_size,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    N_FIRST: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    N_FIRST: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, blocks=None,
 ):  # fmt: skip
     """``acc`` [BLOCK_M, BLOCK_N] plus the product of rows ``m`` and columns ``n`` on.
 
-    A right operand in fp8 is widened to the dtype of the left one.
+    A right operand in fp8 is widened to the dtype of the left one. blocks: ``BlockScales`` or None.
     """
     for k in tl.range(0, k_size, BLOCK_K):
         a = load_tile(left_source, left, m, k, m_size, k_size, BLOCK_M, BLOCK_K, TMA)
         b = load_right(right_source, right, n, k, n_size, k_size, BLOCK_N, BLOCK_K, N_FIRST, TMA)
         if b.dtype != a.dtype:
             b = b.to(a.dtype)
+        acc = dot_scaled(a, b, acc, blocks, m, n, k, m_size, PRECISION, BLOCK_M)
+    return acc
+
+
+@triton.jit
+def dot_scaled(a, b, acc, blocks, m, n, k, m_size, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr):
+    """``acc + a @ b``, the product of a part of one block times its scales where it has any."""
+    if blocks is None:
         acc = dot(a, b, acc, PRECISION)
+    else:
+        r = m + tl.arange(0, BLOCK_M)
+        group = k // _BLOCK
+        left = tl.load(blocks.left + wide(group) * m_size + r, mask=r < m_size, other=0.0)
+        right = tl.load(blocks.right + n // _BLOCK * blocks.groups + group)
+        acc += dot(a, b, None, PRECISION) * (left * right)[:, None]
     return acc
 
 

@@ -25,11 +25,13 @@ from . import runtime
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # of a block: H100 and H200; A100
 SHARED_MEMORY = {90: 232_448, 80: 166_912}
+# registers, two operands in shared memory, and whether what the registers hold is added to
+_BEGINS_A_SUM = re.compile(r"wgmma\.mma_async[^;]*}, \S+ \S+ 0, 1, 1;")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel as the assembler left it; the last four count instructions of the PTX.
+    """A kernel as the assembler left it; the last five count instructions of the PTX.
 
     Attributes:
         kernel: its name.
@@ -40,6 +42,7 @@ class Compiled:
         mma: products of the older ones.
         tma: tiles moved by the copy engine.
         setmaxnreg: what specialised warps begin with.
+        sums: products of Hopper's tensor cores that begin a sum, and add nothing to an older one.
     """
 
     kernel: str
@@ -50,6 +53,7 @@ class Compiled:
     mma: int
     tma: int
     setmaxnreg: int
+    sums: int = 0
 
 
 class _Driver:
@@ -116,6 +120,7 @@ def compiled(arch: int, kernel: str, run: Callable[[], object]) -> Compiled:
                 ptx.count("mma.sync"),
                 ptx.count("cp.async.bulk.tensor"),
                 ptx.count("setmaxnreg"),
+                len(_BEGINS_A_SUM.findall(ptx)),
             )
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .epilogue import Epilogue, finish
 from .matrix import (
+    BlockScales,
     all_fit_tma,
     load_tile,
     matrix,
@@ -30,7 +31,7 @@ _N_FIRST = tl.constexpr(True)
 
 @triton.jit
 def product_tiles(
-    out, left, right, right_up, bias, bias_up, dropout, residual, pre, pre_up, scales,
+    out, left, right, right_up, bias, bias_up, dropout, residual, pre, pre_up, scales, blocks,
     m_size, n_size, k_size,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -55,7 +56,7 @@ def product_tiles(
         if right_up is None:
             acc = multiply(
                 acc, left_source, left, right_source, right, m, n, m_size, n_size, k_size,
-                BLOCK_M, BLOCK_N, BLOCK_K, _N_FIRST, PRECISION, TMA,
+                BLOCK_M, BLOCK_N, BLOCK_K, _N_FIRST, PRECISION, TMA, blocks,
             )  # fmt: skip
             finish(
                 acc, None, out, bias, bias_up, dropout, residual, pre, pre_up, scales,
@@ -109,12 +110,14 @@ def product(
     *,
     activation: str = "",
     right_up: Tensor | None = None,
+    blocks: BlockScales | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Float[m n] = epilogue(left [m k] right [n k]^T), in the dtype of ``left``; any strides."""
+    """Float[m n] = epilogue(left [m k] right [n k]^T), any strides; in ``dtype``, or left's."""
     if 0 < left.shape[0] <= MAX_ROWS:
-        return small_product(left, right, epilogue, activation, right_up)
+        return small_product(left, right, epilogue, activation, right_up, blocks, dtype)
     (m_size, k_size), n_size = left.shape, right.shape[0]
-    out = left.new_empty(m_size, n_size)
+    out = left.new_empty(m_size, n_size, dtype=dtype)
     weights = [right] if right_up is None else [right, right_up]
     config = choose_product("product", left, n_size, len(weights), all_fit_tma(out, left, *weights))
     launch(
@@ -126,6 +129,7 @@ def product(
         right=matrix(right),
         right_up=None if right_up is None else matrix(right_up),
         **epilogue._asdict(),
+        blocks=blocks,
         m_size=m_size,
         n_size=n_size,
         k_size=k_size,

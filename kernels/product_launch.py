@@ -61,12 +61,18 @@ def _ampere(*tiles: tuple[int, int, int, int, int, int]) -> Launches:
 
 
 # rows that begin at odd addresses: they pass through registers on their way to shared memory
-UNALIGNED = {2: ProductLaunch(32, 32, 32, 4, 2, 16), 4: ProductLaunch(32, 16, 16, 4, 2, 16)}
+UNALIGNED = {
+    1: ProductLaunch(32, 32, 64, 4, 2, 16),
+    2: ProductLaunch(32, 32, 32, 4, 2, 16),
+    4: ProductLaunch(32, 16, 16, 4, 2, 16),
+}
 _INTERPRETED = (ProductLaunch(32, 32, 32, 4, 1, PART=16),)
 # by kernel, architecture, bytes of an element and accumulators of a tile
 TABLE: dict[str, dict[int, dict[int, dict[int, Launches]]]] = {
     "product": {
         90: {
+            # fp8: 128 of K have a sum of their own, which takes as many registers as that of a tile
+            1: {1: _hopper((128, 128, 128, 8, 4, 64), (64, 128, 128, 4, 4, 64))},
             2: {
                 1: _hopper(
                     (128, 256, 64, 8, 3, 64), (128, 128, 64, 8, 4, 64), (64, 128, 64, 4, 4, 64)
@@ -86,7 +92,7 @@ TABLE: dict[str, dict[int, dict[int, dict[int, Launches]]]] = {
             },
             4: {1: _ampere((64, 64, 32, 4, 3, 32)), 2: _ampere((64, 32, 32, 4, 3, 16))},
         },
-        0: {size: dict.fromkeys((1, 2), _INTERPRETED) for size in (2, 4)},
+        0: {size: dict.fromkeys((1, 2), _INTERPRETED) for size in (1, 2, 4)},
     },
     "ffn_backward": {
         90: {

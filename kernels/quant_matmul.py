@@ -1,7 +1,8 @@
-"""quant_matmul on the GPU for fp8 weights: read as bytes, widened in registers, scaled at the end.
+"""quant_matmul on the GPU for fp8 weights, read as they are stored.
 
-Inference only. A scale belongs to a whole row of the weight, so it multiplies a column of the fp32
-result, in the epilogue that adds the bias and activates.
+"fp8" and "fp8_block" multiply in fp8 (fp8_matmul.py). "fp8_a16" is widened in registers; its scales
+belong to whole rows of the weight, so they multiply columns of the fp32 result, in the epilogue.
+Inference only.
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ from torch import Tensor
 from llmos_fast.library import register
 from llmos_fast.quantize import QuantizedWeight
 
-from .epilogue import Epilogue
+from . import fp8_self_test
+from .epilogue import Epilogue, Scales
+from .fp8_matmul import fp8_matmul
+from .matrix import optional_matrix
 from .product import flat, needs_gradients, product
 from .runtime import DEVICES, INTERPRETED, architecture, contiguous, refusal
+
+SCHEMES = ("fp8", "fp8_block", "fp8_a16")
 
 
 def unsupported(
@@ -27,17 +33,18 @@ def unsupported(
     residual: Tensor | None,
 ) -> str | None:
     """Needs an fp8 weight, tensors without gradient, and a GPU that knows fp8."""
-    if qweight.scheme != "fp8_a16":
-        return f"takes fp8_a16, got {qweight.scheme}"
-    if residual is not None:
-        return "adds no residual, got one"
-    if (reason := refusal(x, bias)) is not None:
+    if qweight.scheme not in SCHEMES:
+        return f"takes {', '.join(SCHEMES)}, got {qweight.scheme}"
+    if (reason := refusal(x, bias, residual)) is not None:
         return reason
-    if needs_gradients((x, bias)):
+    if needs_gradients((x, bias, residual)):
         return "computes no gradients, got tensors with requires_grad"
     if not INTERPRETED and architecture(x.device) < 90:
-        return "needs compute capability 9.0 for fp8"
-    return None
+        capability = torch.cuda.get_device_capability(x.device)
+        return f"needs compute capability 9.0 or more for fp8, got {capability}"
+    if qweight.scheme == "fp8_a16":
+        return None
+    return fp8_self_test.refusal(x.device, qweight.scheme == "fp8_block", x.dtype)  # type: ignore[no-any-return]
 
 
 def forward(
@@ -50,30 +57,55 @@ def forward(
     residual: Tensor | None,
 ) -> Tensor:
     """See llmos_fast.ops.quant_matmul."""
-    rows = flat(x)
-    out = _fp8_product(rows, qweight.packed, qweight.scales.view(-1), bias, activation or "")
+    rest = (bias, None if residual is None else flat(residual))
+    if qweight.scheme == "fp8_a16":
+        scales = qweight.scales.view(-1)
+        out = _fp8_product(flat(x), qweight.packed, scales, *rest, activation or "")
+    else:
+        blocks = qweight.scheme == "fp8_block"
+        out = _fp8_matmul(flat(x), qweight.packed, qweight.scales, *rest, blocks, activation or "")
     return out.view(*x.shape[:-1], qweight.shape[0])  # type: ignore[no-any-return]
 
 
 def fp8_product(
-    x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, activation: str
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
 ) -> Tensor:
-    """activation(x [m k] (packed [n k] scales [n])^T + bias), e4m3 in bytes."""
+    """activation(x [m k] (packed [n k] scales [n])^T + bias) + residual, e4m3 in bytes."""
     weight = packed.view(torch.float8_e4m3fn)
-    epilogue = Epilogue(contiguous(bias), scales=scales.contiguous())
+    scaled = Scales(scales.contiguous())
+    epilogue = Epilogue(contiguous(bias), residual=optional_matrix(residual), scales=scaled)
     return product(x, weight, epilogue, activation=activation)
 
 
-def _fake(
-    x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, activation: str
-) -> Tensor:
+def _tested_matmul(x: Tensor, *rest: object) -> Tensor:
+    # unsupported() has asked, but not where torch.compile traced it with fake tensors
+    *_, blocks, _ = rest
+    reason = fp8_self_test.refusal(x.device, blocks, x.dtype)
+    if reason is not None:
+        raise RuntimeError(f"quant_matmul: {reason}")
+    return fp8_matmul(x, *rest)
+
+
+def _fake(x: Tensor, packed: Tensor, *rest: object) -> Tensor:
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
 _fp8_product = register(
-    "fp8_product_triton(Tensor x, Tensor packed, Tensor scales, Tensor? bias, str activation) "
-    "-> Tensor",
+    "fp8_product_triton(Tensor x, Tensor packed, Tensor scales, Tensor? bias, Tensor? residual, "
+    "str activation) -> Tensor",
     fp8_product,
+    _fake,
+    DEVICES,
+)
+_fp8_matmul = register(
+    "fp8_matmul_triton(Tensor x, Tensor packed, Tensor scales, Tensor? bias, Tensor? residual, "
+    "bool blocks, str activation) -> Tensor",
+    _tested_matmul,
     _fake,
     DEVICES,
 )

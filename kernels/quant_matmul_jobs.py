@@ -33,7 +33,7 @@ def _job(rows: int, launch: ProductLaunch | None, aligned: bool, dtype: torch.dt
         x, packed = meta(rows, features, dtype=dtype), meta(hidden, features, dtype=torch.uint8)
         scales, bias = meta(hidden, dtype=torch.float32), meta(hidden, dtype=dtype)
         with forced(**({} if launch is None else {"product": launch})):
-            fp8_product(x, packed, scales, bias, "gelu")
+            fp8_product(x, packed, scales, bias, None, "gelu")
 
     how = f"{rows} rows" if launch is None else tiles(launch)
     name = f"fp8_product {str(dtype)[6:]} {how}{'' if aligned else ' unaligned'}"

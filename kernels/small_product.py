@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .epilogue import Epilogue, finish
 from .launch import unless_forced
-from .matrix import all_fit_tma, load_tile, matrix
+from .matrix import BlockScales, all_fit_tma, dot_scaled, load_tile, matrix
 from .runtime import architecture, dot, launch, multiprocessors, product_precision, zero_counters
 
 # rows up to which a weight is read faster than multiplied, and tiles are few
@@ -51,7 +51,7 @@ class SmallLaunch:
 
 @triton.jit
 def small_product_tiles(
-    out, left, right, right_up, bias, bias_up, dropout, residual, pre, pre_up, scales,
+    out, left, right, right_up, bias, bias_up, dropout, residual, pre, pre_up, scales, blocks,
     partials, m_size, n_size, k_size, blocks_each,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -71,7 +71,7 @@ def small_product_tiles(
             b = load_tile(right.ptr, right, n, k, n_size, k_size, BLOCK_N, BLOCK_K, False)
             if b.dtype != a.dtype:
                 b = b.to(a.dtype)
-            acc = dot(a, b.T, acc, PRECISION)
+            acc = dot_scaled(a, b.T, acc, blocks, m, n, k, m_size, PRECISION, BLOCK_M)
     else:
         acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in tl.range(first, last, BLOCK_K):
@@ -134,6 +134,8 @@ def choose_small(x: Tensor, gated: bool, aligned: bool) -> SmallLaunch:
         return SmallLaunch(block_m, 32, 16 if not aligned else 32 if gated else 64, 4, 3)
     if not aligned:
         return SmallLaunch(block_m, 32, 32, 4, 2)
+    if x.element_size() == 1:
+        return SmallLaunch(block_m, 32, 128, 4, 4)
     block_k = 256 if block_m == 16 and not gated else 64 if block_m == 32 and gated else 128
     return SmallLaunch(block_m, 32, block_k, 4, 4)
 
@@ -144,20 +146,22 @@ def small_product(
     epilogue: Epilogue,
     activation: str,
     right_up: Tensor | None,
+    blocks: BlockScales | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Float[m n] = epilogue(left [m k] right [n k]^T) for up to MAX_ROWS rows."""
     (m_size, k_size), n_size = left.shape, right.shape[0]
-    out = left.new_empty(m_size, n_size)
+    out = left.new_empty(m_size, n_size, dtype=dtype)
     weights = [right] if right_up is None else [right, right_up]
     aligned = all_fit_tma(left, *weights)
     config = unless_forced("small_product", choose_small(left, right_up is not None, aligned))
     n_tiles, m_tiles = triton.cdiv(n_size, config.BLOCK_N), triton.cdiv(m_size, config.BLOCK_M)
     tiles = n_tiles * m_tiles
-    blocks = triton.cdiv(k_size, config.BLOCK_K)
+    k_blocks = triton.cdiv(k_size, config.BLOCK_K)
     # two programs for each multiprocessor, while each has two blocks to load one after the other
     wanted = triton.cdiv(2 * multiprocessors(left.device), max(tiles, 1))
-    blocks_each = triton.cdiv(blocks, max(1, min(wanted, blocks // 2)))
-    parts = max(1, triton.cdiv(blocks, max(blocks_each, 1)))
+    blocks_each = triton.cdiv(k_blocks, max(1, min(wanted, k_blocks // 2)))
+    parts = max(1, triton.cdiv(k_blocks, max(blocks_each, 1)))
     partials = None
     if parts > 1 and tiles > 0:
 
@@ -176,6 +180,7 @@ def small_product(
         right=matrix(right),
         right_up=None if right_up is None else matrix(right_up),
         **epilogue._asdict(),
+        blocks=blocks,
         partials=partials,
         m_size=m_size,
         n_size=n_size,

@@ -1,4 +1,4 @@
-"""fp8 weights on the GPU kernels, against the definition of quant_matmul."""
+"""fp8_a16 on the GPU kernels, against the definition of quant_matmul."""
 
 from functools import partial
 
@@ -13,11 +13,11 @@ from llmos_fast.quantize import quantize
 from llmos_fast.testing import assert_within_budget, random
 
 
-def check(x, weight, bias=None, activation=None):
+def check(x, weight, bias=None, activation=None, residual=None):
     assert_within_budget(
         partial(ops.quant_matmul, qweight=weight),
         partial(reference.quant_matmul, qweight=weight),
-        {"x": x, "bias": bias},
+        {"x": x, "bias": bias, "residual": residual},
         {"activation": activation},
         impl="triton",
         reduction=x.shape[-1],
@@ -43,6 +43,14 @@ def test_a_bias_in_fp32():
     check(random(9, 50, dtype=torch.bfloat16), weight, random(33))
 
 
+@pytest.mark.parametrize("rows", [9, 70])
+def test_a_residual(rows, dtype):
+    residual = random(33, rows, dtype=dtype).T
+    check(
+        random(rows, 50, dtype=dtype), quantize(random(33, 50), "fp8_a16"), None, "silu", residual
+    )
+
+
 def test_rows_by_tma():
     launch = ProductLaunch(32, 32, 32, 4, 1, PART=16, TMA=True)
     with forced(product=launch):
@@ -53,11 +61,11 @@ def test_what_is_refused():
     x = random(2, 8, requires_grad=True)
     with pytest.raises(ValueError, match="computes no gradients"):
         ops.quant_matmul(x, quantize(random(4, 8), "fp8_a16"), impl="triton")
-    with pytest.raises(ValueError, match="takes fp8_a16, got int8"):
+    with pytest.raises(ValueError, match="takes fp8, fp8_block, fp8_a16, got int8"):
         ops.quant_matmul(x.detach(), quantize(random(4, 8), "int8"), impl="triton")
 
 
 def test_opcheck():
     weight = quantize(random(4, 8), "fp8_a16")
-    arguments = (random(3, 8), weight.packed, weight.scales.view(-1), random(4), "gelu")
-    torch.library.opcheck(torch.ops.llmos_fast.fp8_product_triton.default, arguments)
+    tensors = (random(3, 8), weight.packed, weight.scales.view(-1), random(4), random(3, 4))
+    torch.library.opcheck(torch.ops.llmos_fast.fp8_product_triton.default, (*tensors, "gelu"))

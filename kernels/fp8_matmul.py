@@ -1,0 +1,43 @@
+"""x W^T with both operands in e4m3: one launch rounds the rows of x, one multiplies.
+
+The tensor cores' sums of 128 products are added in fp32. Scales of rows multiply the result, in the
+epilogue; scales of blocks multiply those sums.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmos_fast.formats import FP8_BLOCK
+
+from .epilogue import Epilogue, Scales
+from .fp8_rounding import round_to_fp8
+from .matrix import BlockScales, optional_matrix
+from .product import product
+from .runtime import contiguous
+
+
+def fp8_matmul(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    blocks: bool,
+    activation: str,
+) -> Tensor:
+    """activation(x [m k] W^T + bias) + residual [m n].
+
+    packed, scales: of a weight in the format fp8, or where ``blocks`` is set in fp8_block
+    """
+    levels, x_scales = round_to_fp8(x, FP8_BLOCK if blocks else x.shape[1])
+    rows = None if blocks else Scales(scales.view(-1), x_scales.view(-1))
+    return product(
+        levels,
+        packed.view(torch.float8_e4m3fn),
+        Epilogue(contiguous(bias), residual=optional_matrix(residual), scales=rows),
+        activation=activation,
+        blocks=BlockScales(x_scales, scales, scales.shape[1]) if blocks else None,
+        dtype=x.dtype,
+    )

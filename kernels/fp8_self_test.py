@@ -1,0 +1,119 @@
+"""Whether this GPU computes what fp8_matmul says, asked before its first use on a machine.
+
+Integers and powers of two have one right product, however it is summed. Long sums go beyond the 14
+bits or so of Hopper's own accumulators: a product that does not add parts of them in fp32 is found.
+Verdicts are kept with those of self_test.py.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from llmos_fast.formats import FP8_BLOCK, FP8_MAX
+from llmos_fast.quantize import QuantizedWeight, from_codes
+
+from . import ptxas
+from .fp8_matmul import fp8_matmul
+from .runtime import INTERPRETED
+from .self_test import load, store
+
+# rows of x, n, k: one for each launch of the tables, off every tile
+SIZES = (
+    (1500, 1520, 528),
+    *((rows, 144, 32784) for rows in (150, 60, 30, 5)),
+    *((rows, 77, 33001) for rows in (70, 60, 30, 5)),
+)
+ROUNDS = 10
+
+_lock = threading.Lock()
+_verdicts: dict[tuple[torch.device, str], bool] = {}
+
+
+def refusal(device: torch.device, blocks: bool, dtype: torch.dtype) -> str | None:
+    """Why the kernels must not be used for x of this dtype; None where they passed.
+
+    While tensors are fake nothing can be tested: the operator asks again when it runs.
+    """
+    if INTERPRETED:
+        return None
+    name = f"fp8_matmul({'blocks' if blocks else 'rows'}, {dtype})"
+    if (device, name) not in _verdicts:
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return None
+        if torch.cuda.is_current_stream_capturing():
+            return "needs a first call outside of a CUDA graph, for its self-test"
+        with _lock:
+            try:
+                _settle(device, name, blocks, dtype)
+            except torch.OutOfMemoryError:
+                return "needs more free memory on the GPU for its self-test"
+    if _verdicts[device, name]:
+        return None
+    return f"fails its self-test as ptxas {ptxas.version()} assembles it: {ptxas.REMEDY}"
+
+
+# what is traced above is a constant; as in self_test.py
+refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _settle(device: torch.device, name: str, blocks: bool, dtype: torch.dtype) -> None:
+    kept = load(device)
+    if name not in kept:
+        kept[name] = passes(fp8_matmul, device, blocks, dtype)
+        store(device, kept)
+    if not kept[name]:
+        warnings.warn(f"llmos_fast: {name} gives wrong results and is not used", stacklevel=4)
+    _verdicts[device, name] = kept[name]
+
+
+def passes(
+    multiply: Callable[..., Tensor],
+    device: torch.device,
+    blocks: bool,
+    dtype: torch.dtype,
+    sizes: tuple[tuple[int, int, int], ...] = SIZES,
+    rounds: int = ROUNDS,
+) -> bool:
+    """Whether ``multiply``, in the place of ``fp8_matmul``, gives exact results, every time."""
+    wrong = torch.zeros((), dtype=torch.bool, device=device)
+    random = torch.Generator(device).manual_seed(0)
+    for m, n, k in sizes:
+        x, weight = _activations(random, m, k, blocks), _weight(random, n, k, blocks)
+        bias, residual = _integers(random, -8, 8, n), _integers(random, -8, 8, m, n)
+        y = x.double() @ weight.dequantize(torch.float64).T + bias
+        # what the residual is added to is rounded once, in fp32
+        expected = (y.relu() + residual).to(dtype)
+        tensors = (x.to(dtype), weight.packed, weight.scales, bias.to(dtype), residual.to(dtype))
+        for _ in range(rounds):
+            # NaN differs from everything
+            wrong |= (multiply(*tensors, blocks, "relu") != expected).any()
+    return not bool(wrong)
+
+
+def _integers(random: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
+    return torch.randint(low, high + 1, shape, generator=random, device=random.device)
+
+
+def _activations(random: torch.Generator, m: int, k: int, blocks: bool) -> Tensor:
+    """Integers around 1 with one of 448 in each group, times a power of two of the group's own."""
+    x = _integers(random, -1, 3, m, k).float()
+    size = FP8_BLOCK if blocks else k
+    first = torch.arange(0, k, size, device=x.device)
+    places = first + _integers(random, 0, size - 1, m, len(first))
+    x.scatter_(1, places.clamp(max=k - 1), FP8_MAX)
+    powers = 2.0 ** _integers(random, -1, 1, m, len(first))
+    return x * powers.repeat_interleave(size, dim=1)[:, :k]
+
+
+def _weight(random: torch.Generator, n: int, k: int, blocks: bool) -> QuantizedWeight:
+    """Integers around 1, and scales that are powers of two."""
+    codes = _integers(random, -1, 3, n, k).to(torch.float8_e4m3fn).view(torch.uint8)
+    rows, groups = (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK)) if blocks else (n, 1)
+    scales = 2.0 ** _integers(random, -1, 1, rows, groups)
+    return from_codes(codes, scales, None, "fp8_block" if blocks else "fp8", FP8_BLOCK)
