@@ -14,18 +14,6 @@ from .philox import Dropout, kept
 from .runtime import wide
 
 
-class Scales(NamedTuple):
-    """What the sums of a product are multiplied with.
-
-    Attributes:
-        columns: Float32[n].
-        rows: Float32[m], or None.
-    """
-
-    columns: Tensor
-    rows: Tensor | None = None
-
-
 class Epilogue(NamedTuple):
     """What happens to a tile of the product; None is off.
 
@@ -36,7 +24,8 @@ class Epilogue(NamedTuple):
         residual: Matrix [m n], added last.
         pre: Matrix [m n], receives the product with its bias, before the activation.
         pre_up: Matrix [m n], likewise of the product that is gated, together with ``pre``.
-        scales: of the product itself, before anything else.
+        scales: Float32[n], of the product itself, before anything else.
+        row_scales: Float32[m], likewise.
     """
 
     bias: Tensor | None
@@ -45,7 +34,8 @@ class Epilogue(NamedTuple):
     residual: Matrix | None = None
     pre: Matrix | None = None
     pre_up: Matrix | None = None
-    scales: Scales | None = None
+    scales: Tensor | None = None
+    row_scales: Tensor | None = None
 
 
 @triton.jit
@@ -68,7 +58,7 @@ def drop(y, dropout, row, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def finish(
-    y, up, out, bias, bias_up, dropout, residual, pre, pre_up, scales,
+    y, up, out, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
     sink, pre_sink, up_sink, m, n, m_size, n_size,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
     TMA: tl.constexpr,
@@ -83,22 +73,22 @@ def finish(
         else:
             up_0, up_1 = halves(up)
         finish(
-            y_0, up_0, out, bias, bias_up, dropout, residual, pre, pre_up, scales,
+            y_0, up_0, out, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
             sink, pre_sink, up_sink, m, n, m_size, n_size,
             ACTIVATION, BLOCK_M, HALF, PART, TMA,
         )  # fmt: skip
         finish(
-            y_1, up_1, out, bias, bias_up, dropout, residual, pre, pre_up, scales,
+            y_1, up_1, out, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
             sink, pre_sink, up_sink, m, n + HALF, m_size, n_size,
             ACTIVATION, BLOCK_M, HALF, PART, TMA,
         )  # fmt: skip
     else:
         if scales is not None:
             c = n + tl.arange(0, BLOCK_N)
-            y *= tl.load(scales.columns + c, mask=c < n_size, other=0.0)[None, :]
-            if scales.rows is not None:
-                r = m + tl.arange(0, BLOCK_M)
-                y *= tl.load(scales.rows + r, mask=r < m_size, other=0.0)[:, None]
+            y *= tl.load(scales + c, mask=c < n_size, other=0.0)[None, :]
+        if row_scales is not None:
+            r = m + tl.arange(0, BLOCK_M)
+            y *= tl.load(row_scales + r, mask=r < m_size, other=0.0)[:, None]
         y = add_bias(y, bias, n, n_size, BLOCK_N)
         if pre is not None:
             write_tile(y, pre_sink, pre, m, n, m_size, n_size, BLOCK_M, BLOCK_N, TMA)

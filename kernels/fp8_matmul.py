@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmos_fast.formats import FP8_BLOCK
 
-from .epilogue import Epilogue, Scales
+from .epilogue import Epilogue
 from .fp8_rounding import round_to_fp8
 from .matrix import BlockScales, optional_matrix
 from .product import product
@@ -32,12 +32,10 @@ def fp8_matmul(
     packed, scales: of a weight in the format fp8, or where ``blocks`` is set in fp8_block
     """
     levels, x_scales = round_to_fp8(x, FP8_BLOCK if blocks else x.shape[1])
-    rows = None if blocks else Scales(scales.view(-1), x_scales.view(-1))
-    return product(
-        levels,
-        packed.view(torch.float8_e4m3fn),
-        Epilogue(contiguous(bias), residual=optional_matrix(residual), scales=rows),
-        activation=activation,
-        blocks=BlockScales(x_scales, scales, scales.shape[1]) if blocks else None,
-        dtype=x.dtype,
-    )
+    epilogue, within = Epilogue(contiguous(bias), residual=optional_matrix(residual)), None
+    if blocks:
+        within = BlockScales(x_scales, scales, scales.shape[1])
+    else:
+        epilogue = epilogue._replace(scales=scales.view(-1), row_scales=x_scales.view(-1))
+    weight = packed.view(torch.float8_e4m3fn)
+    return product(levels, weight, epilogue, activation=activation, blocks=within, dtype=x.dtype)

@@ -31,8 +31,8 @@ _N_FIRST = tl.constexpr(True)
 
 @triton.jit
 def product_tiles(
-    out, left, right, right_up, bias, bias_up, dropout, residual, pre, pre_up, scales, blocks,
-    m_size, n_size, k_size,
+    out, left, right, right_up, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
+    blocks, m_size, n_size, k_size,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PART: tl.constexpr, TMA: tl.constexpr,
@@ -59,7 +59,7 @@ def product_tiles(
                 BLOCK_M, BLOCK_N, BLOCK_K, _N_FIRST, PRECISION, TMA, blocks,
             )  # fmt: skip
             finish(
-                acc, None, out, bias, bias_up, dropout, residual, pre, pre_up, scales,
+                acc, None, out, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
                 sink, pre_sink, up_sink, m, n, m_size, n_size,
                 ACTIVATION, BLOCK_M, BLOCK_N, PART, TMA,
             )  # fmt: skip
@@ -70,7 +70,7 @@ def product_tiles(
                 m, n, m_size, n_size, k_size, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA,
             )  # fmt: skip
             finish(
-                acc, acc_up, out, bias, bias_up, dropout, residual, pre, pre_up, scales,
+                acc, acc_up, out, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
                 sink, pre_sink, up_sink, m, n, m_size, n_size,
                 ACTIVATION, BLOCK_M, BLOCK_N, PART, TMA,
             )  # fmt: skip

@@ -14,7 +14,7 @@ from llmos_fast.library import register
 from llmos_fast.quantize import QuantizedWeight
 
 from . import fp8_self_test
-from .epilogue import Epilogue, Scales
+from .epilogue import Epilogue
 from .fp8_matmul import fp8_matmul
 from .matrix import optional_matrix
 from .product import flat, needs_gradients, product
@@ -77,8 +77,8 @@ def fp8_product(
 ) -> Tensor:
     """activation(x [m k] (packed [n k] scales [n])^T + bias) + residual, e4m3 in bytes."""
     weight = packed.view(torch.float8_e4m3fn)
-    scaled = Scales(scales.contiguous())
-    epilogue = Epilogue(contiguous(bias), residual=optional_matrix(residual), scales=scaled)
+    plane = optional_matrix(residual)
+    epilogue = Epilogue(contiguous(bias), residual=plane, scales=scales.contiguous())
     return product(x, weight, epilogue, activation=activation)
 
 

@@ -51,8 +51,8 @@ class SmallLaunch:
 
 @triton.jit
 def small_product_tiles(
-    out, left, right, right_up, bias, bias_up, dropout, residual, pre, pre_up, scales, blocks,
-    partials, m_size, n_size, k_size, blocks_each,
+    out, left, right, right_up, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
+    blocks, partials, m_size, n_size, k_size, blocks_each,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def small_product_tiles(
                 acc_up = _join(partials.acc_up, first_part, parts, BLOCK_M, BLOCK_N)
     if arrived == parts - 1:
         finish(
-            acc, acc_up, out, bias, bias_up, dropout, residual, pre, pre_up, scales,
+            acc, acc_up, out, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
             out.ptr, out.ptr, out.ptr, m, n, m_size, n_size,
             ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_N, False,
         )  # fmt: skip
