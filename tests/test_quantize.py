@@ -166,6 +166,7 @@ def test_a_block_has_a_scale(n, k, method):
     assert whole.scales.shape == (-(-n // 128), -(-k // 128))
     assert (whole.scales.dtype, whole.group_size) == (torch.float32, 128)
     assert whole.row_scales().shape == (n, whole.scales.shape[1])
+    assert torch.equal(whole.rows(torch.arange(n)), whole.dequantize())
     for i, rows in enumerate(weight.split(128)):
         for j, block in enumerate(rows.split(128, dim=1)):
             alone = quantize(block, "fp8_block", method=method)

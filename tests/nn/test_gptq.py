@@ -43,6 +43,15 @@ def test_blocks_change_nothing(monkeypatch):
     assert (whole.codes() != parts.codes()).float().mean() < 0.01
 
 
+def test_all_rows_of_a_block_count():
+    x, weight = correlated(1024, 200), torch.randn(140, 200)
+    weight[0] *= 1e-3
+    scales = gptq.gptq(weight, x.T @ x, "fp8_block", 128).scales
+    for order in (torch.arange(128).roll(50), torch.arange(128).flip(0)):
+        moved = torch.cat((weight[order], weight[128:]))
+        torch.testing.assert_close(gptq.gptq(moved, x.T @ x, "fp8_block", 128).scales, scales)
+
+
 @pytest.mark.parametrize("name", ["int8", "int4", "int4_asym"])
 def test_exact_where_the_weight_can_be_represented(name):
     x = correlated(256, 96)
