@@ -1,8 +1,8 @@
-"""quant_matmul on the GPU for fp8 weights, read as they are stored.
+"""quant_matmul on the GPU: weights in panels by quant_matmul_panels.py, fp8 weights here.
 
 "fp8" and "fp8_block" multiply in fp8 (fp8_matmul.py). "fp8_a16" is widened in registers; its scales
 belong to whole rows of the weight, so they multiply columns of the fp32 result, in the epilogue.
-Inference only.
+fp8 is for inference only.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from llmos_fast.library import register
-from llmos_fast.quantize import QuantizedWeight
+from llmos_fast.quantize import FP8, QuantizedWeight, format_of
 
 from . import fp8_self_test
+from . import quant_matmul_panels as in_panels
 from .epilogue import Epilogue
 from .fp8_matmul import fp8_matmul
 from .matrix import optional_matrix
 from .product import flat, needs_gradients, product
 from .runtime import DEVICES, INTERPRETED, architecture, contiguous, refusal
 
-SCHEMES = ("fp8", "fp8_block", "fp8_a16")
 
 
 def unsupported(
@@ -32,9 +32,11 @@ def unsupported(
     gated: bool,
     residual: Tensor | None,
 ) -> str | None:
-    """Needs an fp8 weight, tensors without gradient, and a GPU that knows fp8."""
-    if qweight.scheme not in SCHEMES:
-        return f"takes {', '.join(SCHEMES)}, got {qweight.scheme}"
+    """None, or a sentence; fp8 needs tensors without gradient, and a GPU that knows it."""
+    if format_of(qweight.scheme) not in FP8:
+        return in_panels.unsupported(x, qweight, bias, gated, residual)
+    if qweight.scheme == "fp8_block_a16":
+        return "widens fp8 with scales of rows, got fp8_block_a16"
     if (reason := refusal(x, bias, residual)) is not None:
         return reason
     if needs_gradients((x, bias, residual)):
@@ -57,6 +59,8 @@ def forward(
     residual: Tensor | None,
 ) -> Tensor:
     """See llmos_fast.ops.quant_matmul."""
+    if format_of(qweight.scheme) not in FP8:
+        return in_panels.forward(x, qweight, bias, activation or "", gated, residual)
     rest = (bias, None if residual is None else flat(residual))
     if qweight.scheme == "fp8_a16":
         scales = qweight.scales.view(-1)

@@ -22,7 +22,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 # torch's dispatch keys of the devices that the kernels run on
 DEVICES = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Passed with every launch: triton 3.9 warns where the choice is left open.
+# Passed with every launch that does not say: triton 3.9 warns where the choice is left open.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -156,10 +156,11 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments
     """Run ``kernel`` on the current stream of ``device``; all launches go through here."""
     if 0 in grid:
         return
+    arguments = COMPILE_OPTIONS | arguments
     if offline is not None:
-        offline.compile(kernel, grid, **arguments, **COMPILE_OPTIONS)
+        offline.compile(kernel, grid, **arguments)
         return
     with on_device(device):
         # the allocator is kept per thread and context, and gradients run in threads of autograd's
         triton.set_allocator(_workspace)
-        kernel[grid](**arguments, **COMPILE_OPTIONS)
+        kernel[grid](**arguments)

@@ -28,7 +28,7 @@ class Partials(NamedTuple):
     """What the parts of a tile leave for its last block.
 
     Attributes:
-        acc: Float32[tiles parts BLOCK_M BLOCK_N].
+        acc: Float32[tiles parts BLOCK_M BLOCK_N]; Int32 of integers.
         acc_up: likewise of the product that is gated, or None.
         counters: Int32[tiles], parts that have arrived; 0 before and after a launch.
     """
@@ -84,17 +84,17 @@ def small_product_tiles(
     if partials is not None:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         first_part = tile.to(tl.int64) * parts
-        _leave(partials.acc, first_part + part, acc, BLOCK_M, BLOCK_N)
+        leave(partials.acc, first_part + part, acc, BLOCK_M, BLOCK_N)
         if right_up is not None:
-            _leave(partials.acc_up, first_part + part, acc_up, BLOCK_M, BLOCK_N)
+            leave(partials.acc_up, first_part + part, acc_up, BLOCK_M, BLOCK_N)
         # the counter stands for what all threads of the block have written
         tl.debug_barrier()
         arrived = tl.atomic_add(partials.counters + tile, 1, sem="acq_rel")
         if arrived == parts - 1:
             tl.store(partials.counters + tile, 0)
-            acc = _join(partials.acc, first_part, parts, BLOCK_M, BLOCK_N)
+            acc = join(partials.acc, first_part, parts, BLOCK_M, BLOCK_N)
             if right_up is not None:
-                acc_up = _join(partials.acc_up, first_part, parts, BLOCK_M, BLOCK_N)
+                acc_up = join(partials.acc_up, first_part, parts, BLOCK_M, BLOCK_N)
     if arrived == parts - 1:
         finish(
             acc, acc_up, out, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
@@ -111,14 +111,15 @@ def _part(partials, index, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _leave(partials, index, acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def leave(partials, index, acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Write one part of a tile."""
     tl.store(_part(partials, index, BLOCK_M, BLOCK_N), acc)
 
 
 @triton.jit
-def _join(partials, first_part, parts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def join(partials, first_part, parts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The sum of all parts; ``.cg`` reads past the L1 cache, which does not see others' writes."""
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], partials.dtype.element_ty)
     for part in tl.range(0, parts):
         pointers = _part(partials, first_part + part, BLOCK_M, BLOCK_N)
         acc += tl.load(pointers, cache_modifier=".cg")
@@ -140,6 +141,26 @@ def choose_small(x: Tensor, gated: bool, aligned: bool) -> SmallLaunch:
     return SmallLaunch(block_m, 32, block_k, 4, 4)
 
 
+def split(blocks: int, tiles: int, device: torch.device) -> tuple[int, int]:
+    """(blocks of the reduction for each part, parts) of ``tiles`` with so many blocks each."""
+    # two programs for each multiprocessor, while each has two blocks to load one after the other
+    wanted = triton.cdiv(2 * multiprocessors(device), max(tiles, 1))
+    blocks_each = triton.cdiv(blocks, max(1, min(wanted, blocks // 2)))
+    return blocks_each, max(1, triton.cdiv(blocks, max(blocks_each, 1)))
+
+
+def room_for_parts(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, gated: bool, device: torch.device
+) -> Partials | None:
+    """For ``shape``: tiles, parts of each, and their rows and columns; None for one part."""
+    tiles, parts, *_ = shape
+    if parts == 1 or tiles == 0:
+        return None
+    acc = torch.empty(shape, dtype=dtype, device=device)
+    acc_up = torch.empty_like(acc) if gated else None
+    return Partials(acc, acc_up, zero_counters(tiles, device))
+
+
 def small_product(
     left: Tensor,
     right: Tensor,
@@ -158,19 +179,9 @@ def small_product(
     n_tiles, m_tiles = triton.cdiv(n_size, config.BLOCK_N), triton.cdiv(m_size, config.BLOCK_M)
     tiles = n_tiles * m_tiles
     k_blocks = triton.cdiv(k_size, config.BLOCK_K)
-    # two programs for each multiprocessor, while each has two blocks to load one after the other
-    wanted = triton.cdiv(2 * multiprocessors(left.device), max(tiles, 1))
-    blocks_each = triton.cdiv(k_blocks, max(1, min(wanted, k_blocks // 2)))
-    parts = max(1, triton.cdiv(k_blocks, max(blocks_each, 1)))
-    partials = None
-    if parts > 1 and tiles > 0:
-
-        def empty() -> Tensor:
-            shape = (tiles, parts, config.BLOCK_M, config.BLOCK_N)
-            return left.new_empty(shape, dtype=torch.float32)
-
-        counters = zero_counters(tiles, left.device)
-        partials = Partials(empty(), None if right_up is None else empty(), counters)
+    blocks_each, parts = split(k_blocks, tiles, left.device)
+    shape = (tiles, parts, config.BLOCK_M, config.BLOCK_N)
+    partials = room_for_parts(shape, torch.float32, right_up is not None, left.device)
     launch(
         small_product_tiles,
         (n_tiles, m_tiles, parts),

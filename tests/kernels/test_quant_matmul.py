@@ -61,8 +61,6 @@ def test_what_is_refused():
     x = random(2, 8, requires_grad=True)
     with pytest.raises(ValueError, match="computes no gradients"):
         ops.quant_matmul(x, quantize(random(4, 8), "fp8_a16"), impl="triton")
-    with pytest.raises(ValueError, match="takes fp8, fp8_block, fp8_a16, got int8"):
-        ops.quant_matmul(x.detach(), quantize(random(4, 8), "int8"), impl="triton")
 
 
 def test_opcheck():
