@@ -18,6 +18,7 @@ from . import (
     ffn_jobs,
     fp8_matmul_jobs,
     linear_cross_entropy_jobs,
+    panel_jobs,
     ptxas,
     quant_matmul_jobs,
     rotary_jobs,
@@ -30,6 +31,7 @@ FAMILIES = (
     ffn_jobs,
     fp8_matmul_jobs,
     linear_cross_entropy_jobs,
+    panel_jobs,
     quant_matmul_jobs,
     rotary_jobs,
 )

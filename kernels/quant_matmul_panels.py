@@ -234,7 +234,7 @@ def forward(
     inputs = (x, w.packed, w.scales, w.zero_points, bias)
     rest = (w.scheme, w.group_size, w.shape[0])
     y: Tensor
-    if needs_gradients((x, bias, residual)):
+    if (activation or gated) and needs_gradients((x, bias, residual)):
         y = _operator(*inputs, None, *rest, "", False)
         return finish(y, activation or None, gated, residual)
     y = _operator(*inputs, residual, *rest, activation, gated)
