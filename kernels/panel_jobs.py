@@ -43,13 +43,13 @@ def jobs(arch: int) -> Iterator[Job]:
             yield _product_job(scheme, group_size, dtype, rows, gated)
     for scheme in ("int4_asym", "nf4"):
         weight, out = _panels(_weight(scheme, 32, N), gated=False), meta(N, K, dtype=BF16)
-        run = partial(panel_weight, weight, out)
-        yield Job(f"panel_weight {scheme} bfloat16", "panel_weight_tiles", run, lambda *_: {})
+        dense = partial(panel_weight, weight, out)
+        yield Job(f"panel_weight {scheme} bfloat16", "panel_weight_tiles", dense, lambda *_: {})
     for columns, group_size in ((K, 32), (2**15, 2**15), (2**17, 2**17)):
-        run = partial(round_rows, meta(128, columns, dtype=BF16), group_size)
+        rounded = partial(round_rows, meta(128, columns, dtype=BF16), group_size)
         name = f"round_rows bfloat16 {columns} in groups of {group_size}"
         # 32 warps have 64 registers a thread; no known model has such rows
-        yield Job(name, "round_rows_kernel", run, lambda *_: {}, may_spill=columns == 2**17)
+        yield Job(name, "round_rows_kernel", rounded, lambda *_: {}, may_spill=columns == 2**17)
 
 
 def _weight(scheme: str, group_size: int, rows: int) -> QuantizedWeight:
