@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmos_fast import ops, quantize, reference
+from llmos_fast import explain, ops, quantize, reference
 from llmos_fast.quantize import FP8, format_of, rounds_activations
 from llmos_fast.testing import assert_close_to_truth, assert_within_budget, random
 
@@ -124,15 +124,17 @@ def multiplied_dtype(scheme: str) -> torch.dtype:
 @pytest.mark.parametrize("rows", GPU_ROWS)
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 @pytest.mark.parametrize(("scheme", "group"), GPU_SCHEMES)
+@pytest.mark.parametrize("impl", ["native", "triton"])
 @torch.no_grad()
-def bench_quant_matmul_gpu(compare, smoke, scheme, group, shape, rows):
+def bench_quant_matmul_gpu(compare, smoke, impl, scheme, group, shape, rows):
     if smoke and (shape, rows) != (GPU_SHAPES[0], 16):
         pytest.skip("not in a smoke run")
     features, out_features = shape
     weight = random(out_features, features, scale=0.02).to("cuda", torch.bfloat16)
     quantized = quantize(weight, scheme, group)
     x = random(rows, features, dtype=torch.bfloat16).to("cuda")
-    impl = "triton" if scheme.startswith("fp8") else "native"
+    if reason := dict(explain(ops.quant_matmul, x, quantized))[impl]:
+        pytest.skip(reason)
 
     def check():
         assert_within_budget(

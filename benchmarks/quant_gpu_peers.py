@@ -115,7 +115,9 @@ def torch_fp8_blocks(weight: Tensor, group: int) -> Product:
 
 
 PEERS: dict[str, dict[str, Callable[[Tensor, int], Product]]] = {
+    "int8": {"cublas_bf16": cublas_bf16, "torch_int8": torch_int8},
     "int8_a16": {"cublas_bf16": cublas_bf16, "torch_int8": torch_int8},
+    "int4": {"cublas_bf16": cublas_bf16, "torch_int4": torch_int4},
     "int4_a16": {"cublas_bf16": cublas_bf16, "torch_int4": torch_int4},
     "int4_asym_a16": {"cublas_bf16": cublas_bf16, "torch_int4": torch_int4},
     "nf4": {"cublas_bf16": cublas_bf16, "bnb_nf4": bnb_nf4},
