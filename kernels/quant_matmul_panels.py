@@ -26,7 +26,7 @@ from .round_rows import round_rows
 from .runtime import DEVICES, contiguous, refusal
 
 # rows beyond which a dense weight, made once, saves more time than it costs
-MAX_ROWS = 256
+MAX_ROWS = 512
 # up to which the self-test stands for a call: launches of the tables, and the dense weight
 TESTED_ROWS = (16, 32, 64, MAX_ROWS, 2 * MAX_ROWS)
 # 127 * 128 * 131072 is the largest sum of products that int32 holds
