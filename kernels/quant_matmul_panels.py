@@ -92,9 +92,10 @@ def product(
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return finish(y, activation or None, gated, residual)
     out = x.new_empty(rows.shape[0], columns)
-    left, left_scales = aligned_rows(rows), None
     if rounds_activations(scheme):
         left, left_scales = round_rows(rows, group_size)
+    else:
+        left, left_scales = aligned_rows(rows), None
     epilogue = Epilogue(
         *biases(bias, gated),
         residual=None if residual is None else matrix(flat(residual)),
