@@ -115,15 +115,13 @@ def torch_fp8_blocks(weight: Tensor, group: int) -> Product:
 
 
 PEERS: dict[str, dict[str, Callable[[Tensor, int], Product]]] = {
-    "int8": {"cublas_bf16": cublas_bf16, "torch_int8": torch_int8},
+    "int8": {"cublas_bf16": cublas_bf16, "torch_int8": torch_int8, "torch_int_mm": torch_int_mm},
     "int8_a16": {"cublas_bf16": cublas_bf16, "torch_int8": torch_int8},
     "int4": {"cublas_bf16": cublas_bf16, "torch_int4": torch_int4},
     "int4_a16": {"cublas_bf16": cublas_bf16, "torch_int4": torch_int4},
+    "int4_asym": {"cublas_bf16": cublas_bf16, "torch_int4": torch_int4},
     "int4_asym_a16": {"cublas_bf16": cublas_bf16, "torch_int4": torch_int4},
     "nf4": {"cublas_bf16": cublas_bf16, "bnb_nf4": bnb_nf4},
-    "int8": {"cublas_bf16": cublas_bf16, "torch_int_mm": torch_int_mm},
-    "int4": {"cublas_bf16": cublas_bf16},
-    "int4_asym": {"cublas_bf16": cublas_bf16},
     "fp8": {"cublas_bf16": cublas_bf16, "torch_fp8": torch_fp8},
     "fp8_block": {"cublas_bf16": cublas_bf16, "torch_fp8_blocks": torch_fp8_blocks},
     "fp8_a16": {"cublas_bf16": cublas_bf16},

@@ -2,26 +2,20 @@
 
 Integers and powers of two have one right product, however it is summed. Long sums go beyond the 14
 bits or so of Hopper's own accumulators: a product that does not add parts of them in fp32 is found.
-Verdicts are kept with those of self_test.py.
 """
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from llmos_fast.formats import FP8_BLOCK, FP8_MAX
 from llmos_fast.quantize import QuantizedWeight, from_codes
 
-from . import ptxas
+from . import verdicts
 from .fp8_matmul import fp8_matmul
-from .runtime import INTERPRETED
-from .self_test import load, store
 
 # rows of x, n, k: one for each launch of the tables, off every tile
 SIZES = (
@@ -31,45 +25,15 @@ SIZES = (
 )
 ROUNDS = 10
 
-_lock = threading.Lock()
-_verdicts: dict[tuple[torch.device, str], bool] = {}
-
 
 def refusal(device: torch.device, blocks: bool, dtype: torch.dtype) -> str | None:
-    """Why the kernels must not be used for x of this dtype; None where they passed.
-
-    While tensors are fake nothing can be tested: the operator asks again when it runs.
-    """
-    if INTERPRETED:
-        return None
+    """Why the kernels must not be used for x of this dtype; None where they passed."""
     name = f"fp8_matmul({'blocks' if blocks else 'rows'}, {dtype})"
-    if (device, name) not in _verdicts:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-            return None
-        if torch.cuda.is_current_stream_capturing():
-            return "needs a first call outside of a CUDA graph, for its self-test"
-        with _lock:
-            try:
-                _settle(device, name, blocks, dtype)
-            except torch.OutOfMemoryError:
-                return "needs more free memory on the GPU for its self-test"
-    if _verdicts[device, name]:
-        return None
-    return f"fails its self-test as ptxas {ptxas.version()} assembles it: {ptxas.REMEDY}"
+    return verdicts.refusal(device, name, lambda: passes(fp8_matmul, device, blocks, dtype))  # type: ignore[no-any-return]
 
 
 # what is traced above is a constant; as in self_test.py
 refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _settle(device: torch.device, name: str, blocks: bool, dtype: torch.dtype) -> None:
-    kept = load(device)
-    if name not in kept:
-        kept[name] = passes(fp8_matmul, device, blocks, dtype)
-        store(device, kept)
-    if not kept[name]:
-        warnings.warn(f"llmos_fast: {name} gives wrong results and is not used", stacklevel=4)
-    _verdicts[device, name] = kept[name]
 
 
 def passes(

@@ -79,7 +79,7 @@ def panel_product_tiles(
                 acc_up, left_scales, scales, m, n, m_size, n_size, groups, 1, BLOCK_M, BLOCK_N
             )  # fmt: skip
         finish(
-            y, y_up, out, bias, bias_up, None, residual, None, None, None,
+            y, y_up, out, bias, bias_up, None, residual, None, None, None, None,
             out.ptr, out.ptr, out.ptr, m, n, m_size, n_size,
             ACTIVATION, BLOCK_M, BLOCK_N, PART, False,
         )  # fmt: skip

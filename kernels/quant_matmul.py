@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmos_fast.formats import FP8_BLOCK
 from llmos_fast.library import register
 from llmos_fast.quantize import FP8, QuantizedWeight, format_of
+from llmos_fast.reference import quant_matmul as definition
 
 from . import fp8_self_test
 from . import quant_matmul_panels as in_panels
@@ -20,7 +22,6 @@ from .fp8_matmul import fp8_matmul
 from .matrix import optional_matrix
 from .product import flat, needs_gradients, product
 from .runtime import DEVICES, INTERPRETED, architecture, contiguous, refusal
-
 
 
 def unsupported(
@@ -86,13 +87,24 @@ def fp8_product(
     return product(x, weight, epilogue, activation=activation)
 
 
-def _tested_matmul(x: Tensor, *rest: object) -> Tensor:
+def _tested_matmul(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    blocks: bool,
+    activation: str,
+) -> Tensor:
     # unsupported() has asked, but not where torch.compile traced it with fake tensors
-    *_, blocks, _ = rest
-    reason = fp8_self_test.refusal(x.device, blocks, x.dtype)
-    if reason is not None:
-        raise RuntimeError(f"quant_matmul: {reason}")
-    return fp8_matmul(x, *rest)
+    if fp8_self_test.refusal(x.device, blocks, x.dtype) is None:
+        return fp8_matmul(x, packed, scales, bias, residual, blocks, activation)
+    n, k = packed.shape
+    scheme, group_size = ("fp8_block", FP8_BLOCK) if blocks else ("fp8", k)
+    weight = QuantizedWeight(packed, scales, None, scheme, group_size, (n, k))
+    return definition.quant_matmul(
+        x, weight, bias, activation=activation or None, residual=residual
+    )
 
 
 def _fake(x: Tensor, packed: Tensor, *rest: object) -> Tensor:

@@ -2,26 +2,23 @@
 
 Integers and powers of two have one right product, however it is summed: every launch has to give
 exactly what plain torch gives in float64 from the weight's definition, off every tile, with and
-without parts of k, again and again. Verdicts are kept as those of self_test.py.
+without parts of k, again and again.
 """
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from llmos_fast.formats import FOUR_BIT
 from llmos_fast.quantize import QuantizedWeight, format_of, from_codes, rounds_activations
 from llmos_fast.reference.quant_matmul import finish
 
-from . import ptxas, self_test
-from .runtime import INTERPRETED
+from . import verdicts
 
 # n and k: many parts of k, and one; gated pairs need 32 rows
 SIZES = ((2064, 4104), (300, 43))
@@ -29,8 +26,6 @@ GATED_SIZES = ((2080, 4104), (352, 43))
 ROUNDS = 10
 
 Function = Callable[..., Tensor]
-
-_lock = threading.Lock()
 
 
 class Case(NamedTuple):
@@ -51,35 +46,12 @@ class Case(NamedTuple):
     gated: bool
 
 
-_verdicts: dict[tuple[torch.device, Case], bool] = {}
-
-
 def refusal(
     case: Case, product: Function, dequantize: Function, device: torch.device
 ) -> str | None:
-    """Why these kernels must not be used for ``case``; None where they passed.
-
-    While tensors are fake nothing can be tested: the operator asks again when it runs. A CUDA graph
-    that is captured before the test gets the reference.
-    """
-    if INTERPRETED or is_in_torch_dispatch_mode():
-        return None
-    if (device, case) not in _verdicts:
-        with _lock:
-            verdicts = self_test.load(device)
-            if name(case) not in verdicts:
-                if torch.cuda.is_current_stream_capturing():
-                    return "needs a first call outside of a CUDA graph, for its self-test"
-                try:
-                    verdict = passes(case, product, dequantize, device)
-                except torch.OutOfMemoryError:
-                    return "needs more free memory on the GPU for its self-test"
-                verdicts = self_test.load(device) | {name(case): verdict}
-                self_test.store(device, verdicts)
-            _verdicts[device, case] = verdicts[name(case)]
-            if not _verdicts[device, case]:
-                warnings.warn(f"llmos_fast: {_failure(case)}; it is not used", stacklevel=2)
-    return None if _verdicts[device, case] else _failure(case)
+    """Why these kernels must not be used for ``case``; None where they passed."""
+    test = partial(passes, case, product, dequantize, device)
+    return verdicts.refusal(device, name(case), test)  # type: ignore[no-any-return]
 
 
 def name(case: Case) -> str:
@@ -89,10 +61,6 @@ def name(case: Case) -> str:
         f"quant_matmul({case.scheme}, groups of {case.group_size}, {case.dtype}, "
         f"{case.rows} rows{gated})"
     )
-
-
-def _failure(case: Case) -> str:
-    return f"{name(case)} gives results that are not exact, as ptxas {ptxas.version()} assembles it"
 
 
 def passes(case: Case, product: Function, dequantize: Function, device: torch.device) -> bool:

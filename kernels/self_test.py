@@ -2,26 +2,21 @@
 
 ptxas before 13.3 may reuse the registers of a product's left operand while Hopper's tensor cores
 still read them: one tile's probabilities then multiply another tile's values, or do so at times.
-Every launch therefore has to give exact results, again and again, before it is used. The verdict is
-kept in the user's cache directory, for one GPU model, Triton, ptxas and the sources of the kernels.
+Every launch therefore has to give exact results, again and again, before it is used; verdicts.py
+keeps what was found.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import threading
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
-from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -32,6 +27,7 @@ from .attention_exact import backward_problem, forward_problem
 from .attention_forward import forward
 from .launch import Pinned, Variant
 from .runtime import INTERPRETED, architecture
+from .verdicts import load, store
 
 # results of each kernel that multiplies probabilities, or their gradients, from registers
 KERNELS = {
@@ -227,51 +223,3 @@ def name(variant: Variant) -> str:
     launch = ", ".join(f"{k}={v}" for k, v in asdict(variant.launch).items())
     hides = ", keys hidden" if variant.hides else ""
     return f"{variant.kernel}({launch}; head_dim {variant.head_dim}, {variant.dtype}{hides})"
-
-
-@lru_cache
-def environment(device: torch.device) -> dict[str, str]:
-    """What a verdict depends on."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
-    return {
-        "gpu": torch.cuda.get_device_name(device),
-        "compute capability": str(torch.cuda.get_device_capability(device)),
-        "triton": triton.__version__,
-        "ptxas": ptxas.version(),
-        "sources": digest,
-    }
-
-
-def _path(device: torch.device) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = hashlib.sha256(json.dumps(environment(device)).encode()).hexdigest()
-    return folder / "llmos_fast" / f"self_test_{key[:16]}.json"
-
-
-def load(device: torch.device) -> dict[str, bool]:
-    """Verdicts that are kept, by name; none where the file is missing or not what was written."""
-    try:
-        content = json.loads(_path(device).read_text())
-    except (OSError, RuntimeError, ValueError):
-        # RuntimeError: no home directory
-        return {}
-    if not isinstance(content, dict) or content.get("environment") != environment(device):
-        return {}
-    verdicts = content.get("verdicts")
-    if not isinstance(verdicts, dict):
-        return {}
-    return {k: v for k, v in verdicts.items() if isinstance(v, bool)}
-
-
-def store(device: torch.device, verdicts: dict[str, bool]) -> None:
-    """Keep them, whole or not at all; where nothing can be written they are lost."""
-    content = {"environment": environment(device), "verdicts": verdicts}
-    try:
-        path = _path(device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(path)
-    except (OSError, RuntimeError):
-        return

@@ -31,8 +31,8 @@ ROUTES = ("own", "onednn", "torch")
 _FEW_ROWS = 16
 
 # Below these the libraries, which pack less, are faster. 3072 x 768 by 128 / 256 / 512 rows in ms:
-# fp32 own 3.8 / 6.7 / 13, oneDNN 3.2 / 6.0 / 12, F.linear 4.2 / 7.6 / 15; bf16 own 2.0 / 3.3 / 6.4,
-# F.linear 1.7 / 3.0 / 6.0. What is packed serves all rows, so theirs is the largest limit. The
+# fp32 own 3.2 / 6.0 / 12, F.linear 3.9 / 6.9 / 13, oneDNN between them; bf16 own 1.65 / 3.0 / 5.8,
+# F.linear 1.6 / 3.0 / 5.8. What is packed serves all rows, so theirs is the largest limit. The
 # gradient of that weight from 64 rows: own 1.7, oneDNN 2.1 (fp32).
 _LEAST_ROWS, _LEAST_COLUMNS, _LEAST_DEPTH = 256, 128, 64
 _LEAST_WORK, _LEAST_WORK_OF_ONEDNN = 2**23, 2**22

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmos_fast.kernels import fp8_self_test
+from llmos_fast.kernels import fp8_self_test, verdicts
 from llmos_fast.kernels.fp8_matmul import fp8_matmul
 from llmos_fast.kernels.fp8_matmul_jobs import sums_rule
 from llmos_fast.kernels.fp8_rounding import RoundingLaunch, round_to_fp8
@@ -253,30 +253,35 @@ def test_a_verdict_is_kept_and_obeyed(monkeypatch, right):
         asked.append(call)
         return right
 
-    monkeypatch.setattr(fp8_self_test, "INTERPRETED", False)
-    monkeypatch.setattr(fp8_self_test, "_verdicts", {})
+    monkeypatch.setattr(verdicts, "INTERPRETED", False)
+    monkeypatch.setattr(verdicts, "_verdicts", {})
     monkeypatch.setattr(fp8_self_test, "passes", passes)
-    monkeypatch.setattr(fp8_self_test, "load", lambda device: dict(kept))
-    monkeypatch.setattr(fp8_self_test, "store", lambda device, verdicts: kept.update(verdicts))
+    monkeypatch.setattr(verdicts, "load", lambda device: dict(kept))
+    monkeypatch.setattr(verdicts, "store", lambda device, found: kept.update(found))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     call = partial(ops.quant_matmul, random(2, 8), quantize(random(4, 8), "fp8"), impl="triton")
     for again in range(2):
-        monkeypatch.setattr(fp8_self_test, "_verdicts", {})
+        monkeypatch.setattr(verdicts, "_verdicts", {})
         if right:
             call()
         else:
             with (
-                pytest.warns(UserWarning, match=r"fp8_matmul\(rows, torch.float32\) gives wrong"),
+                pytest.warns(UserWarning, match=r"fp8_matmul\(rows, torch.float32\) fails its"),
                 pytest.raises(ValueError, match="fails its self-test as ptxas"),
             ):
                 call()
         assert len(asked) == 1, again
     assert kept == {"fp8_matmul(rows, torch.float32)": right}
+    # the operator, which a compiled graph calls without asking, asks itself
+    x, weight = random(2, 8), quantize(random(4, 8), "fp8")
+    parts = weight.packed, weight.scales, None, None, False, ""
+    found = torch.ops.llmos_fast.fp8_matmul_triton(x, *parts)
+    torch.testing.assert_close(found, reference.quant_matmul(x, weight))
 
 
 def test_nothing_is_tested_while_a_graph_is_captured(monkeypatch):
-    monkeypatch.setattr(fp8_self_test, "INTERPRETED", False)
-    monkeypatch.setattr(fp8_self_test, "_verdicts", {})
+    monkeypatch.setattr(verdicts, "INTERPRETED", False)
+    monkeypatch.setattr(verdicts, "_verdicts", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     reason = fp8_self_test.refusal(CPU, False, torch.float32)
     assert reason == "needs a first call outside of a CUDA graph, for its self-test"

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from llmos_fast.kernels import panel_product, quant_matmul_panels, quant_matmul_self_test
+from llmos_fast.kernels import panel_product, quant_matmul_panels, quant_matmul_self_test, verdicts
 from llmos_fast.kernels.launch import forced
 from llmos_fast.kernels.panel_launch import PanelLaunch
 from llmos_fast.kernels.quant_matmul_self_test import Case
@@ -286,18 +286,17 @@ def test_one_wrong_number_fails_it(small, case, monkeypatch):
 
 
 def test_what_fails_is_not_used(monkeypatch, tmp_path):
-    module = quant_matmul_self_test
     kept = {}
-    monkeypatch.setattr(module, "INTERPRETED", False)
-    monkeypatch.setattr(module, "_verdicts", {})
-    monkeypatch.setattr(module, "passes", lambda case, *_: case.scheme != "nf4")
-    monkeypatch.setattr(module.self_test, "load", lambda device: dict(kept))
-    monkeypatch.setattr(module.self_test, "store", lambda device, verdicts: kept.update(verdicts))
+    monkeypatch.setattr(verdicts, "INTERPRETED", False)
+    monkeypatch.setattr(verdicts, "_verdicts", {})
+    monkeypatch.setattr(quant_matmul_self_test, "passes", lambda case, *_: case.scheme != "nf4")
+    monkeypatch.setattr(verdicts, "load", lambda device: dict(kept))
+    monkeypatch.setattr(verdicts, "store", lambda device, found: kept.update(found))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     x = random(2, 40)
-    with pytest.warns(UserWarning, match=r"quant_matmul\(nf4, groups of 32.*not exact"):
+    with pytest.warns(UserWarning, match=r"quant_matmul\(nf4, groups of 32.*fails its self-test"):
         refused = quant_matmul_panels.unsupported(x, weight_of(4, 40, "nf4"), None, False, None)
-    assert "gives results that are not exact" in refused
+    assert "fails its self-test" in refused
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         weight = weight_of(4, 40, "int4")

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import triton
-from llmos_fast.kernels import launch, ptxas, self_test
+from llmos_fast.kernels import launch, ptxas, self_test, verdicts
 from llmos_fast.kernels.launch import Launch, Pinned, Variant
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -47,7 +47,7 @@ def hopper(monkeypatch, tmp_path):
         self_test._admitted.clear()
         self_test._named.clear()
         launch.struck_off.clear()
-        self_test.environment.cache_clear()
+        verdicts.environment.cache_clear()
 
     class Asked(list):
         wrong = ()
@@ -160,14 +160,14 @@ def test_a_verdict_of_another_environment_does_not_count(hopper):
     assert json.loads(file.read_text()) == content
 
 
-@pytest.mark.parametrize("verdicts", [[], {"name": 1}, {"name": "false"}, {"name": None}], ids=str)
-def test_verdicts_are_true_or_false(hopper, verdicts):
+@pytest.mark.parametrize("written", [[], {"name": 1}, {"name": "false"}, {"name": None}], ids=str)
+def test_verdicts_are_true_or_false(hopper, written):
     launch.usable(variant(), CPU)
     (file,) = hopper.folder.iterdir()
     content = json.loads(file.read_text())
-    if verdicts:
-        verdicts = {self_test.name(variant()): verdicts["name"]}
-    file.write_text(json.dumps(content | {"verdicts": verdicts}))
+    if written:
+        written = {self_test.name(variant()): written["name"]}
+    file.write_text(json.dumps(content | {"verdicts": written}))
     hopper.new_process()
     assert launch.usable(variant(), CPU)
     assert len(hopper) == 2
@@ -187,7 +187,7 @@ def test_another_environment_is_tested_anew(hopper, change, monkeypatch, tmp_pat
         monkeypatch.setattr(ptxas, "version", lambda: "13.5.37")
     else:
         (tmp_path / "launch.py").write_text("TABLE = {}")
-        monkeypatch.setattr(self_test, "__file__", str(tmp_path / "self_test.py"))
+        monkeypatch.setattr(verdicts, "__file__", str(tmp_path / "verdicts.py"))
     launch.usable(variant(), CPU)
     assert hopper == [variant(), variant()]
     assert len(list(hopper.folder.iterdir())) == 2
