@@ -113,7 +113,7 @@ GPU_SCHEMES += [(scheme, 128) for scheme in ("fp8", "fp8_block", "fp8_a16")]
 
 
 def multiplied_dtype(scheme: str) -> torch.dtype:
-    """What the tensor cores read: of it the roofline knows the peak, or none."""
+    """What the tensor cores read."""
     if not rounds_activations(scheme):
         return torch.bfloat16
     return torch.float8_e4m3fn if format_of(scheme) in FP8 else torch.int8
