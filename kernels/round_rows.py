@@ -41,7 +41,7 @@ def round_rows_kernel(
 
 
 def round_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Integers and scales of ``x`` [m k], as reference.round_to_int8 says.
+    """Integers and scales of ``x`` [m k], as ``ops.quant_matmul`` defines them.
 
     Int8[m, k filled up with 0 to a multiple of 16], and Float32[groups m].
     """

@@ -16,9 +16,8 @@ namespace llmos {
 // gated: panels 0, 2, .. are a gate and 1, 3, .. its partner; weight.n is a multiple of 32, and
 //        y = activation(x G^T + bias_g) (x U^T + bias_u) + residual
 //
-// rounds = false:  sums over scale[n, g] level(W[n, k]) x[m, k] in fp32; where x is bf16 and the
-// CPU
-//                  multiplies that, levels too are rounded to bf16, which changes kNf4 only
+// rounds = false:  sums over scale[n, g] level(W[n, k]) x[m, k] in fp32; where x is bf16 and
+//                  the CPU multiplies that, levels too are rounded to bf16, which changes kNf4 only
 // rounds = true:   the same with x replaced by s q, where, in fp32, for each group of k (a row for
 //                  8 bits), a = max(max_k |x[m, k]|, 1e-30). kInt8, of k <= 131072, kInt4 and
 //                  kInt4Asym: s = a / 127, q = round_half_even(x (127 / a)), and sums over a group

@@ -14,7 +14,7 @@ from llmos_fast.native import quant_matmul_cuda as cuda
 from llmos_fast.native import quant_matmul_self_test as self_test
 from llmos_fast.ops.quant_matmul import ACTIVATIONS
 from llmos_fast.quantize import interleave, quantize
-from llmos_fast.reference.quant_matmul import round_to_int8
+from llmos_fast.reference.quant_matmul import round_activations
 from llmos_fast.testing import assert_within_budget, random
 
 if not cuda.is_built():
@@ -73,7 +73,7 @@ def test_any_size_with_rounded_activations(scheme, n, k, m, dtype):
 def test_activations_are_rounded_as_defined(scheme, k, dtype):
     """Against sums in float64 of the definition's integers: what is left is one rounding."""
     weight, x = weight_of(80, k, scheme, 32), random(70, k, dtype=dtype).to(DEVICE)
-    integers, scales = round_to_int8(x, weight.group_size)
+    integers, scales = round_activations(x, "int8", weight.group_size)
     exact = (integers.double() * scales.double()) @ weight.dequantize(torch.float64).T
     y = ops.quant_matmul(x.float(), weight, impl="native")
     assert (y - exact).abs().max() <= 1e-6 * k**0.5 * exact.abs().max()

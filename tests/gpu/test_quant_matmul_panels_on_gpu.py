@@ -11,7 +11,7 @@ from llmos_fast.kernels.round_rows import round_rows
 from llmos_fast import explain, ops, reference
 from llmos_fast.ops.quant_matmul import ACTIVATIONS
 from llmos_fast.quantize import interleave, quantize
-from llmos_fast.reference.quant_matmul import round_to_int8
+from llmos_fast.reference.quant_matmul import round_activations
 from llmos_fast.testing import assert_within_budget, random
 
 DEVICE = torch.device("cuda", torch.cuda.current_device())
@@ -74,7 +74,7 @@ def test_activations_are_rounded_as_defined(group_size, dtype):
     """Also where the product is next to a half: it is rounded before it becomes an integer."""
     x = random(4096, 4100, dtype=dtype).to(DEVICE)
     integers, scales = round_rows(x, group_size)
-    expected, expected_scales = round_to_int8(x, group_size)
+    expected, expected_scales = round_activations(x, "int8", group_size)
     assert torch.equal(integers[:, :4100].float(), expected)
     assert torch.equal(scales.T.repeat_interleave(group_size, dim=1)[:, :4100], expected_scales)
 

@@ -13,7 +13,7 @@ from llmos_fast.kernels.round_rows import round_rows
 from llmos_fast import ops, reference
 from llmos_fast.ops.quant_matmul import ACTIVATIONS
 from llmos_fast.quantize import from_codes, interleave, quantize
-from llmos_fast.reference.quant_matmul import round_to_int8
+from llmos_fast.reference.quant_matmul import round_activations
 from llmos_fast.testing import assert_within_budget, random, registered_calls
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -152,7 +152,7 @@ def test_activations_are_rounded_as_defined(dtype, k, group_size):
     x[3] = x[2] / 2  # every second one half way between two integers
     x[4, -1] = 1000
     integers, scales = round_rows(x.T.contiguous().T, group_size)
-    expected, expected_scales = round_to_int8(x, group_size)
+    expected, expected_scales = round_activations(x, "int8", group_size)
     assert torch.equal(integers[:, :k].float(), expected)
     assert not integers[:, k:].any()
     spread = scales.T.repeat_interleave(group_size, dim=1)[:, :k]
@@ -167,7 +167,7 @@ def test_near_halves_are_rounded_as_defined():
     differs = (x * quotient).round() != (x * (amax.reciprocal() * 127)).round()
     rows = torch.stack((amax, x), dim=1)[differs][:50]
     assert len(rows) == 50
-    assert torch.equal(round_rows(rows, 2)[0][:, :2].float(), round_to_int8(rows, 2)[0])
+    assert torch.equal(round_rows(rows, 2)[0][:, :2].float(), round_activations(rows, "int8", 2)[0])
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

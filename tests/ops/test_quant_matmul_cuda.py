@@ -10,7 +10,7 @@ from llmos_fast.native import quant_matmul as native
 from llmos_fast.native import quant_matmul_cuda as cuda
 from llmos_fast.native import quant_matmul_self_test as self_test
 from llmos_fast.quantize import QuantizedWeight, quantize, rounds_activations
-from llmos_fast.reference.quant_matmul import finish, round_to_int8
+from llmos_fast.reference.quant_matmul import finish, round_activations
 from llmos_fast.testing import random
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -29,7 +29,7 @@ def right(x, packed, scales, zeros, bias, residual, scheme, group_size, n, activ
     weight = QuantizedWeight(packed, scales, zeros, scheme, group_size, (n, x.shape[-1]))
     wide = x.float()
     if rounds_activations(scheme):
-        integers, x_scales = round_to_int8(x, group_size)
+        integers, x_scales = round_activations(x, "int8", group_size)
         wide = integers * x_scales
     y = wide @ weight.dequantize(x.dtype).float().T + bias.float()
     y = finish(y, activation or None, gated, None if residual is None else residual.float())
