@@ -157,6 +157,21 @@ LLMOS_INLINE F weigh(const Head<T>& head, int64_t q, int64_t rows, int64_t k, in
   return decay;
 }
 
+// What the sums of values are to be multiplied by, and lse, of rows with one lane each.
+template <typename T>
+LLMOS_INLINE F finish_rows(const Head<T>& head, F top, F total, F& lse) {
+  const I empty = total == F{};
+  F denominator = select(empty, splat(1.0f), total);
+  top *= head.missing_scale();
+  lse = select(empty, splat(-__builtin_inff()), top + logarithm(denominator));
+  if (!head.call.sinks) return 1.0f / denominator;
+  // the sink may lie above every score: keep both exponents at or below 0
+  const F sink = splat(head.call.sinks[head.head]), base = maximum(sink, top);
+  const F shrink = exponential(top - base);
+  // without a key, too: -inf - -inf is NaN
+  return select(empty, F{}, shrink / (denominator * shrink + exponential(sink - base)));
+}
+
 template <typename T>
 static void attention_forward_rows(const Head<T>& head, const Head<T>& next,
                                    const AttentionForward& call, int64_t q_begin, int64_t q_end) {
@@ -223,23 +238,17 @@ static void attention_forward_rows(const Head<T>& head, const Head<T>& next,
                  kScoreRow, 1, values + span.begin / per * kPanel, panel_v, out + m * width_v,
                  width_v, true);
       }
-    for (int64_t i = 0; i < rows; ++i) {
-      const float top_of_row = top[i / kStrip][i % kStrip] * head.missing_scale();
-      float denominator = total[i / kStrip][i % kStrip];
-      const bool empty = denominator == 0.0f;
-      if (empty) denominator = 1.0f;
-      call.lse[head.row(q0 + i)] =
-          empty ? -__builtin_inff() : top_of_row + __builtin_logf(denominator);
-      float shrink = 1.0f;
-      if (call.sinks && !empty) {
-        // the sink may lie above every score: keep both exponents at or below 0
-        const float sink = call.sinks[head.head], base = sink > top_of_row ? sink : top_of_row;
-        shrink = exponential(splat(top_of_row - base))[0];
-        denominator = denominator * shrink + exponential(splat(sink - base))[0];
+    for (int64_t m = 0; m < rows; m += kStrip) {
+      const int64_t count = rows - m < kStrip ? rows - m : kStrip;
+      F lse;
+      const F factors = finish_rows(head, top[m / kStrip], total[m / kStrip], lse);
+      for (int64_t i = m; i < m + count; ++i) {
+        call.lse[head.row(q0 + i)] = lse[i - m];
+        const F factor = splat(factors[i - m]);
+        for (int64_t j = 0; j < head_dim_v; j += kLanes)
+          store(out_rows + (q0 + i) * call.out_strides.row + j,
+                load(out + i * width_v + j) * factor, head_dim_v - j);
       }
-      for (int64_t j = 0; j < head_dim_v; j += kLanes)
-        store(out_rows + (q0 + i) * call.out_strides.row + j,
-              load(out + i * width_v + j) * (shrink / denominator), head_dim_v - j);
     }
   }
 }

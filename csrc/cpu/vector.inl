@@ -212,6 +212,26 @@ LLMOS_INLINE F power_of_2(F x) {
 }
 #endif
 
+// log(x) within 2 ulp, of normal x > 0 or NaN (the polynomial is that of Cephes' logf).
+LLMOS_INLINE F logarithm(F x) {
+  // x = 2^n (1 + r), where 1 + r lies between the roots of 1/2 and 2
+  constexpr uint32_t root = 0x3f3504f3u;
+  const U shifted = as_bits(x) - root;
+  const F n = __builtin_convertvector((I)shifted >> 23, F);
+  const F r = as_float((shifted & 0x7fffffu) + root) - 1.0f, square = r * r;
+  F p = splat(7.0376836292e-2f);
+  p = p * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  const F small = p * r * square + n * -2.12194440e-4f - 0.5f * square;
+  return select(x != x, x, r + small + n * 0.693359375f);
+}
+
 // 1 / (1 + e^-x), and 1 minus that without cancellation.
 LLMOS_INLINE F sigmoid(F x, F* other) {
   const F e = exponential(-x), s = 1.0f / (1.0f + e);
