@@ -1,4 +1,5 @@
-// Activations to int8 on a CUDA device, as round_to_int8 of llmos_fast/reference/quant_matmul.py.
+// Activations to int8 on a CUDA device, as round_activations of
+// llmos_fast/reference/quant_matmul.py.
 #pragma once
 
 #include <cstdint>

@@ -132,7 +132,7 @@ def _in_blocks(
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if way(hidden, weight) != "own":
-        return product(hidden, weight, bias)
+        return product(hidden, weight, bias)  # type: ignore[no-any-return]
     out = _kept.matrix(hidden.shape[0], weight.shape[0], hidden.dtype)
     return own_product(hidden, weight, contiguous(bias), out)
 

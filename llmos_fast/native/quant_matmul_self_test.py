@@ -26,7 +26,7 @@ from llmos_fast.quantize import (
     from_codes,
     rounds_activations,
 )
-from llmos_fast.reference.quant_matmul import finish, round_to_int8
+from llmos_fast.reference.quant_matmul import finish, round_activations
 
 # n, k and whether pairs are gated: many parts of k, and one; off every tile
 SIZES = ((2064, 4104, False), (2080, 4104, True), (300, 43, False))
@@ -112,7 +112,7 @@ def passes(
             wide = x.double()
             if rounded:
                 x = _with_scales_of_one(x, group_size)
-                integers, x_scales = round_to_int8(x, group_size)
+                integers, x_scales = round_activations(x, scheme, group_size)
                 wide = integers.double() * x_scales.double()
             y = (wide @ dense.double().T + bias.double()).float()
             expected = finish(y, "relu" if gated else None, gated, residual).to(dtype)

@@ -282,6 +282,7 @@ def test_a_verdict_is_kept_and_obeyed(monkeypatch, right):
 def test_nothing_is_tested_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(verdicts, "INTERPRETED", False)
     monkeypatch.setattr(verdicts, "_verdicts", {})
+    monkeypatch.setattr(verdicts, "load", lambda device: {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     reason = fp8_self_test.refusal(CPU, False, torch.float32)
     assert reason == "needs a first call outside of a CUDA graph, for its self-test"

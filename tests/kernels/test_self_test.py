@@ -202,7 +202,7 @@ def test_where_nothing_can_be_written_it_is_tested_in_every_process(
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     else:
         monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(self_test.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError()))
+        monkeypatch.setattr(verdicts.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError()))
     for _ in range(2):
         assert launch.usable(variant(), CPU)
         assert launch.usable(variant(), CPU)
