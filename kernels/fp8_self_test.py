@@ -29,7 +29,7 @@ ROUNDS = 10
 def refusal(device: torch.device, blocks: bool, dtype: torch.dtype) -> str | None:
     """Why the kernels must not be used for x of this dtype; None where they passed."""
     name = f"fp8_matmul({'blocks' if blocks else 'rows'}, {dtype})"
-    return verdicts.refusal(device, name, lambda: passes(fp8_matmul, device, blocks, dtype))  # type: ignore[no-any-return]
+    return verdicts.refusal(device, name, lambda: passes(fp8_matmul, device, blocks, dtype))
 
 
 # what is traced above is a constant; as in self_test.py

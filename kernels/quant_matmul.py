@@ -47,7 +47,7 @@ def unsupported(
         return f"needs compute capability 9.0 or more for fp8, got {capability}"
     if qweight.scheme == "fp8_a16":
         return None
-    return fp8_self_test.refusal(x.device, qweight.scheme == "fp8_block", x.dtype)  # type: ignore[no-any-return]
+    return fp8_self_test.refusal(x.device, qweight.scheme == "fp8_block", x.dtype)
 
 
 def forward(

@@ -51,7 +51,7 @@ def refusal(
 ) -> str | None:
     """Why these kernels must not be used for ``case``; None where they passed."""
     test = partial(passes, case, product, dequantize, device)
-    return verdicts.refusal(device, name(case), test)  # type: ignore[no-any-return]
+    return verdicts.refusal(device, name(case), test)
 
 
 def name(case: Case) -> str:
