@@ -1,8 +1,9 @@
 // Which thread of a quant_matmul kernel holds which element.
 //
-// A block of 8 warps computes 256 columns of the result (rows of the weight), each warp 32 of them:
-// a pair of panels. It walks along k in stages of 128, each 4 steps of 32. Tensor cores multiply
-// the weight from the left: a product's 16 rows are weight rows, its 8 columns are rows of x.
+// A block of 8 warps computes 256 columns of the result (rows of the weight), each warp 32 of them,
+// a pair of panels, or several pairs (product_tile.cuh). It walks along k in stages of 128, each 4
+// steps of 32. Tensor cores multiply the weight from the left: a product's 16 rows are weight rows,
+// its 8 columns are rows of x.
 //
 // Panels are read as they are stored. 16 bytes are one word of four neighbouring rows, and they are
 // what a lane loads: lanes 0-15 read the first panel of the pair and 16-31 the second, lanes
@@ -53,6 +54,15 @@ LLMOS_HOST_DEVICE constexpr bool ends_group(uint32_t groups_in_stage, uint32_t s
 
 LLMOS_HOST_DEVICE inline uint32_t tiles_of_columns(const WeightShape& s) {
   return static_cast<uint32_t>((s.n + kTileRows - 1) / kTileRows);
+}
+
+LLMOS_HOST_DEVICE inline uint32_t tiles_of_rows(int64_t m, uint32_t rows) {
+  return static_cast<uint32_t>((m + rows - 1) / rows);
+}
+
+// Of m rows of x, `rows` of them in a tile.
+LLMOS_HOST_DEVICE inline uint32_t tiles_of_product(const WeightShape& s, int64_t m, uint32_t rows) {
+  return tiles_of_columns(s) * tiles_of_rows(m, rows);
 }
 
 // Where the 16 bytes of a lane's first load begin in the packed weight. Those of word_of(..) begin

@@ -16,17 +16,14 @@ IntegerMatmulKernel kernel_of(WeightFormat format, int64_t m) {
   return integer_instance_for<WeightFormat::kInt4Asym>(m);
 }
 
-uint32_t tiles(const IntegerMatmulKernel& kernel, const WeightShape& weight, int64_t m) {
-  return tiles_of_columns(weight) * tiles_of_rows(m, kernel.rows);
-}
-
 }  // namespace
 
 int plan_integer_matmul(const WeightShape& weight, int64_t m, QuantMatmulPlan* plan) {
   const IntegerMatmulKernel kernel = kernel_of(weight.format, m);
   const auto function = reinterpret_cast<const void*>(kernel.function);
-  const int error = plan_launch({function, kThreads, kernel.shared_bytes}, tiles(kernel, weight, m),
-                                kernel.rows, weight, plan);
+  const int error =
+      plan_launch({function, kThreads, kernel.shared_bytes},
+                  tiles_of_product(weight, m, kernel.rows), kernel.rows, weight, plan);
   plan->workspace_bytes += rounded_scales(m) * groups(weight) * 4 + m * steps(weight) * kStep;
   return error;
 }
@@ -35,7 +32,7 @@ int cuda_integer_matmul(const QuantProduct& product, const void* x, int64_t x_st
                         FloatType type, void* stream) {
   const WeightShape& weight = product.weight;
   const IntegerMatmulKernel kernel = kernel_of(weight.format, product.m);
-  const dim3 grid(tiles(kernel, weight, product.m), product.splits);
+  const dim3 grid(tiles_of_product(weight, product.m, kernel.rows), product.splits);
   auto* after_partials =
       static_cast<uint8_t*>(product.partials) + partial_bytes(grid.x, kernel.rows, product.splits);
   auto* x_scales = reinterpret_cast<float*>(after_partials);

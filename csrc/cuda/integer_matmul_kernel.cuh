@@ -1,47 +1,37 @@
-// The kernel of integer_matmul.h. Weights are read as in quant_matmul_kernel.cuh; one that has many
-// rows of x to multiply gives each warp several pairs of panels, and x to several rows of warps.
+// The kernel of integer_matmul.h. Weights are read as in quant_matmul_kernel.cuh.
 #pragma once
 
 #include <type_traits>
 
-#include "cuda/epilogue.cuh"
 #include "cuda/integer_matmul.h"
 #include "cuda/pipeline.cuh"
+#include "cuda/product_tile.cuh"
 #include "cuda/unpack_integers.cuh"
 #include "cuda/weight_stage.cuh"
 
 namespace llmos {
 
 // A stage of the ring in shared memory: the weight's parts, x behind the weights, its scales last.
-// The tile's rows of x are kXTiles times 8 for each of kXWarps.
-template <WeightFormat kFormat, uint32_t kXWarps, uint32_t kXTiles>
+template <WeightFormat kFormat, typename Tile>
 struct IntegerRing : WeightStage<kFormat> {
   using Stage = WeightStage<kFormat>;
-  static constexpr uint32_t kRows = kXWarps * kXTiles * kXTile;
-  static constexpr uint32_t kX = kRows * kStage;
+  static constexpr uint32_t kX = Tile::kRows * kStage;
   static constexpr uint32_t kGroups = Stage::kWeights + kX;  // where the weight's scales begin
   static constexpr uint32_t kXScales = kGroups + Stage::kScales + Stage::kZeros;
-  static constexpr uint32_t kBytes = kXScales + (Stage::kGrouped ? kStageSteps * kRows * 4 : 0);
-  // two blocks on an SM where their sums leave enough registers
-  static constexpr uint32_t kBlocks = kXWarps * kXTiles <= 2 ? 2 : 1;
+  static constexpr uint32_t kBytes =
+      kXScales + (Stage::kGrouped ? kStageSteps * Tile::kRows * 4 : 0);
   static_assert(Stage::kDepth * kBytes <= 162 << 10, "an A100 has 163 KB for a block");
-  static_assert(kBlocks * (Stage::kDepth * kBytes + 2048) <= 228 << 10, "an H200 has 228 KB");
+  static_assert(Tile::kBlocks * (Stage::kDepth * kBytes + 2048) <= 228 << 10, "an H200 has 228 KB");
 };
 
-LLMOS_HOST_DEVICE inline uint32_t tiles_of_rows(int64_t m, uint32_t rows) {
-  return static_cast<uint32_t>((m + rows - 1) / rows);
-}
-
-// What one thread does for part `split` of the sums of tile `tile`. Tiles of the same columns are
-// neighbours.
+// What one thread does for part `split` of the sums of tile `tile`.
 template <WeightFormat kFormat, uint32_t kXWarps, uint32_t kXTiles>
 class IntegerMatmulThread {
-  using Ring = IntegerRing<kFormat, kXWarps, kXTiles>;
-  static constexpr uint32_t kPairs = kXWarps;  // of panels, in a warp
-  static constexpr uint32_t kCount = kPairs * kXTiles * 2;
-  using Sums = int32_t[kCount][4];  // of products of 16 rows: two for a pair and 8 rows of x
+  using Tile = ProductTile<kXWarps, kXTiles>;
+  using Ring = IntegerRing<kFormat, Tile>;
+  using Sums = int32_t[Tile::kCount][4];
   using Result = std::conditional_t<Ring::kGrouped, float, int32_t>;
-  static_assert(SumsOfThread<kCount, Result>::kSharedBytes <= Ring::kDepth * Ring::kBytes);
+  static_assert(SumsOfThread<Tile::kCount, Result>::kSharedBytes <= Ring::kDepth * Ring::kBytes);
   // 1.5 * 2^23: a float whose bits plus n are those of it plus n, up to |n| = 2^22. A group of 128
   // has sums to 128 * 15 * 127.
   static constexpr int32_t kMagicBits = 0x4b400000;
@@ -51,20 +41,16 @@ class IntegerMatmulThread {
   __device__ IntegerMatmulThread(const CudaIntegerMatmul& call, uint32_t tile, uint32_t split,
                                  uint32_t thread)
       : call_(call),
-        tile_(tile),
         split_(split),
         thread_(thread),
         warp_(thread / 32),
         lane_(thread % 32),
-        row_tiles_(tiles_of_rows(call.m, Ring::kRows)),
-        first_row_(int64_t{tile % row_tiles_} * Ring::kRows),
-        first_pair_(int64_t{tile / row_tiles_} * kWarps),
+        tile_(call, tile, thread),
         steps_(static_cast<uint32_t>(steps(call.weight))),
         groups_(static_cast<uint32_t>(groups(call.weight))),
-        weights_(call, first_pair_ + warp_, warp_, lane_,
-                 row_tiles_ == 1 ? read_once_policy() : read_again_policy()) {
+        weights_(call, tile_.first_pair() + warp_, warp_, lane_, tile_.weight_policy()) {
 #pragma unroll
-    for (uint32_t index = 0; index < kCount; ++index)
+    for (uint32_t index = 0; index < Tile::kCount; ++index)
 #pragma unroll
       for (uint32_t e = 0; e < 4; ++e) sums_[index][e] = Ring::kGrouped ? kMagicBits : 0;
   }
@@ -75,19 +61,15 @@ class IntegerMatmulThread {
     run_pipeline<Ring::kDepth>(
         count, [&](uint32_t number) { copy(begin + number, slot(number)); },
         [&](uint32_t number) { multiply(slot(number)); });
-    const SumsOfThread<kCount, Result> sums(call_, tile_, split_, thread_);
-    if (sums.take(results(), [&](uint32_t index) { return x_row_at(index) < call_.m; }))
-      finish(sums);
+    tile_.template finish<!Ring::kGrouped>(split_, call_.type, results(), [&](int64_t x_row) {
+      return Ring::kGrouped ? 1.0f : call_.x_scales[x_row];
+    });
   }
 
  private:
   __device__ uint8_t* slot(uint32_t number) const {
     return shared_memory() + number % Ring::kDepth * Ring::kBytes;
   }
-
-  // The warp's first pair of the tile, and its first row of x there.
-  __device__ uint32_t pair() const { return warp_ % (kWarps / kXWarps) * kPairs; }
-  __device__ uint32_t row() const { return warp_ / (kWarps / kXWarps) * kXTiles * kXTile; }
 
   // ---- global to shared memory ----
 
@@ -102,9 +84,9 @@ class IntegerMatmulThread {
 
   // A thread copies the same half of a row's 32 k, of every kSteps-th step.
   __device__ void copy_x(uint32_t stage, uint8_t* to) const {
-    constexpr uint32_t kPieces = Ring::kRows * 2, kSteps = kThreads / kPieces;
+    constexpr uint32_t kPieces = Tile::kRows * 2, kSteps = kThreads / kPieces;
     const uint32_t piece = thread_ % kPieces;
-    const int64_t row = first_row_ + piece / 2;
+    const int64_t row = tile_.first_row() + piece / 2;
 #pragma unroll
     for (uint32_t i = 0; i < kStageSteps; i += kSteps) {
       const uint32_t in_stage = thread_ / kPieces + i;
@@ -118,10 +100,10 @@ class IntegerMatmulThread {
 
   // A thread copies the scales of four rows and one group of the stage.
   __device__ void copy_x_scales(uint32_t stage, uint8_t* to) const {
-    const uint32_t group = thread_ / (Ring::kRows / 4);
+    const uint32_t group = thread_ / (Tile::kRows / 4);
     if (group >= weights_.groups_of_stage()) return;
     const uint32_t all = stage * weights_.groups_of_stage() + group;
-    const int64_t row = first_row_ + thread_ % (Ring::kRows / 4) * 4;
+    const int64_t row = tile_.first_row() + thread_ % (Tile::kRows / 4) * 4;
     copy_async(to + thread_ * 16, call_.x_scales + all * rounded_scales(call_.m) + row,
                row < call_.m && all < groups_);
   }
@@ -131,19 +113,20 @@ class IntegerMatmulThread {
   __device__ void multiply(uint8_t* slot) {
 #pragma unroll
     for (uint32_t step = 0; step < kStageSteps; ++step) {
-      uint32_t levels[kPairs][2][4];
+      uint32_t levels[Tile::kPairs][2][4];
 #pragma unroll
-      for (uint32_t p = 0; p < kPairs; ++p) unpack_step(slot, step, pair() + p, levels[p]);
+      for (uint32_t p = 0; p < Tile::kPairs; ++p)
+        unpack_step(slot, step, tile_.pair() + p, levels[p]);
 #pragma unroll
       for (uint32_t tile = 0; tile < kXTiles; ++tile) {
-        const uint32_t x_row = step * Ring::kRows + row() + tile * kXTile + lane_ / 4;
+        const uint32_t x_row = step * Tile::kRows + tile_.row() + tile * kXTile + lane_ / 4;
         uint32_t x[2];
         load_8_bytes(slot + Ring::kWeights + x_row * kStep + lane_ % 4 * 8, x);
 #pragma unroll
-        for (uint32_t p = 0; p < kPairs; ++p)
+        for (uint32_t p = 0; p < Tile::kPairs; ++p)
 #pragma unroll
           for (uint32_t r = 0; r < 2; ++r)
-            multiply_tile(sums_[(p * kXTiles + tile) * 2 + r], levels[p][r], x);
+            multiply_tile(sums_[Tile::product_of(p, tile) + r], levels[p][r], x);
       }
       if constexpr (Ring::kGrouped)
         if (ends_group(weights_.groups_of_stage(), step))
@@ -174,19 +157,20 @@ class IntegerMatmulThread {
   // The sums over a group, times its scales, go to the totals.
   __device__ void end_group(uint8_t* slot, uint32_t group) {
 #pragma unroll
-    for (uint32_t p = 0; p < kPairs; ++p) {
+    for (uint32_t p = 0; p < Tile::kPairs; ++p) {
       float scales[4];
-      Ring::load_scales(slot + Ring::kGroups, pair() + p, group, lane_, scales);
+      Ring::load_scales(slot + Ring::kGroups, tile_.pair() + p, group, lane_, scales);
 #pragma unroll
       for (uint32_t tile = 0; tile < kXTiles; ++tile) {
-        const uint32_t x_row = group * Ring::kRows + row() + tile * kXTile + x_row_of(lane_, 0);
+        const uint32_t x_row =
+            group * Tile::kRows + tile_.row() + tile * kXTile + x_row_of(lane_, 0);
         uint32_t x_scales[2];
         load_8_bytes(slot + Ring::kXScales + x_row * 4, x_scales);
 #pragma unroll
         for (uint32_t r = 0; r < 2; ++r)
 #pragma unroll
           for (uint32_t e = 0; e < 4; ++e) {
-            const uint32_t index = (p * kXTiles + tile) * 2 + r;
+            const uint32_t index = Tile::product_of(p, tile) + r;
             const float sum = float_of(sums_[index][e]) - kMagic;
             totals_[index][e] += sum * (scales[r * 2 + e / 2] * float_of(x_scales[e % 2]));
             sums_[index][e] = kMagicBits;
@@ -196,54 +180,24 @@ class IntegerMatmulThread {
   }
 
   // Where the sums of all k end up.
-  __device__ Result (&results()) [kCount][4] {
+  __device__ Result (&results()) [Tile::kCount][4] {
     if constexpr (Ring::kGrouped)
       return totals_;
     else
       return sums_;
   }
 
-  // ---- results ----
-
-  // Of four columns `index`.
-  __device__ int64_t x_row_at(uint32_t index) const {
-    return first_row_ + row() + index / 2 % kXTiles * kXTile + x_row_of(lane_, index % 2);
-  }
-
-  __device__ void finish(const SumsOfThread<kCount, Result>& sums) const {
-#pragma unroll 1
-    for (uint32_t p = 0; p < kPairs; ++p) {
-      const Epilogue epilogue(call_, call_.type, first_pair_ + pair() + p, lane_);
-      float scales[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-      if constexpr (!Ring::kGrouped) epilogue.load_scales(scales);
-#pragma unroll 1
-      for (uint32_t index = p * 2 * kXTiles; index < (p + 1) * 2 * kXTiles; ++index) {
-        const int64_t x_row = x_row_at(index);
-        float x_scale = 1.0f, values[4];
-        Result four[4] = {};
-        if (x_row < call_.m) {
-          sums.read(index, four);
-          if constexpr (!Ring::kGrouped) x_scale = call_.x_scales[x_row];
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < 4; ++i)
-          values[i] = static_cast<float>(four[i]) * (scales[i] * x_scale);
-        epilogue.finish(x_row, values);
-      }
-    }
-  }
-
   const CudaIntegerMatmul& call_;
-  const uint32_t tile_, split_, thread_, warp_, lane_, row_tiles_;
-  const int64_t first_row_, first_pair_;
+  const uint32_t split_, thread_, warp_, lane_;
+  const Tile tile_;
   const uint32_t steps_, groups_;
   const WeightCopies<kFormat> weights_;
-  Sums sums_;                                          // of a group, or of a row
-  float totals_[Ring::kGrouped ? kCount : 1][4] = {};  // of groups, scaled
+  Sums sums_;                                                // of a group, or of a row
+  float totals_[Ring::kGrouped ? Tile::kCount : 1][4] = {};  // of groups, scaled
 };
 
 template <WeightFormat kFormat, uint32_t kXWarps, uint32_t kXTiles>
-__global__ void __launch_bounds__(kThreads, (IntegerRing<kFormat, kXWarps, kXTiles>::kBlocks))
+__global__ void __launch_bounds__(kThreads, (ProductTile<kXWarps, kXTiles>::kBlocks))
     integer_matmul_kernel(const __grid_constant__ CudaIntegerMatmul call) {
   IntegerMatmulThread<kFormat, kXWarps, kXTiles>(call, blockIdx.x, blockIdx.y, threadIdx.x).run();
 }
@@ -256,9 +210,10 @@ struct IntegerMatmulKernel {
 
 template <WeightFormat kFormat, uint32_t kXWarps, uint32_t kXTiles>
 IntegerMatmulKernel integer_instance() {
-  using Ring = IntegerRing<kFormat, kXWarps, kXTiles>;
+  using Tile = ProductTile<kXWarps, kXTiles>;
+  using Ring = IntegerRing<kFormat, Tile>;
   return {integer_matmul_kernel<kFormat, kXWarps, kXTiles>, Ring::kDepth * Ring::kBytes,
-          Ring::kRows};
+          Tile::kRows};
 }
 
 template <WeightFormat kFormat>

@@ -38,7 +38,7 @@ class Problem : public ProductProblem {
 
   bool holds(bool late, bool backward) {
     const IntegerMatmulKernel kernel = kernel_of(c_.format, c_.m);
-    const uint32_t tiles = tiles_of_columns(shape_) * tiles_of_rows(c_.m, kernel.rows);
+    const uint32_t tiles = tiles_of_product(shape_, c_.m, kernel.rows);
     const Launch launch{tiles, kernel.rows, kernel.shared_bytes};
     const auto run = [&](const QuantProduct& product) {
       kernel.function(
