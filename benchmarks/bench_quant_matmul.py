@@ -105,7 +105,7 @@ def bench_quant_matmul(benchmark, compare, smoke, prepared, case, rows):
     )
 
 
-GPU_ROWS = [1, 4, 16, 32, 64, 256, 4096]
+GPU_ROWS = [1, 4, 16, 32, 64, 128, 256, 4096]
 GPU_SHAPES = [(4096, 4096), (8192, 8192), (16384, 8192), (4096, 28672)]  # in, out
 GPU_SCHEMES = [("int4_a16", 128), ("int4_a16", 32), ("int4_asym_a16", 128), ("nf4", 64)]
 GPU_SCHEMES += [(scheme, 128) for scheme in ("int8_a16", "int8", "int4", "int4_asym")]

@@ -202,4 +202,11 @@ __device__ inline uint16_t narrow(float value) {
     return __half_as_ushort(__float2half_rn(value));
 }
 
+// A pair, likewise.
+__device__ inline uint32_t narrow_to_fp16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 }  // namespace llmos

@@ -10,32 +10,32 @@ namespace llmos {
 
 namespace {
 
-QuantMatmulKernel kernel_of(WeightFormat format, FloatType type, int64_t m) {
-  switch (format) {
+QuantMatmulKernel kernel_of(const WeightShape& weight, FloatType type, int64_t m) {
+  switch (weight.format) {
     case WeightFormat::kInt8:
-      return int8_kernel(type, m);
+      return int8_kernel(weight, type, m);
     case WeightFormat::kInt4:
-      return int4_kernel(type, m);
+      return int4_kernel(weight, type, m);
     case WeightFormat::kInt4Asym:
-      return int4_asym_kernel(type, m);
+      return int4_asym_kernel(weight, type, m);
     default:
-      return nf4_kernel(type, m);
+      return nf4_kernel(weight, type, m);
   }
 }
 
 }  // namespace
 
 int plan_quant_matmul(const WeightShape& weight, int64_t m, FloatType type, QuantMatmulPlan* plan) {
-  const QuantMatmulKernel kernel = kernel_of(weight.format, type, m);
+  const QuantMatmulKernel kernel = kernel_of(weight, type, m);
   const auto function = reinterpret_cast<const void*>(kernel.function);
-  return plan_launch({function, kThreads, kernel.shared_bytes}, tiles_of_columns(weight),
-                     kernel.x_tiles * kXTile, weight, plan);
+  return plan_launch({function, kThreads, kernel.shared_bytes},
+                     tiles_of_product(weight, m, kernel.rows), kernel.rows, weight, plan);
 }
 
 int cuda_quant_matmul(const QuantProduct& product, const void* x, int64_t x_stride, FloatType type,
                       void* stream) {
-  const QuantMatmulKernel kernel = kernel_of(product.weight.format, type, product.m);
-  const dim3 grid(tiles_of_columns(product.weight), product.splits);
+  const QuantMatmulKernel kernel = kernel_of(product.weight, type, product.m);
+  const dim3 grid(tiles_of_product(product.weight, product.m, kernel.rows), product.splits);
   kernel.function<<<grid, kThreads, kernel.shared_bytes, static_cast<cudaStream_t>(stream)>>>(
       {product, static_cast<const uint16_t*>(x), x_stride});
   return cudaGetLastError();

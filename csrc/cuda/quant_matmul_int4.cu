@@ -2,12 +2,12 @@
 
 namespace llmos {
 
-QuantMatmulKernel int4_kernel(FloatType type, int64_t m) {
-  return instance_for<WeightFormat::kInt4>(type, m);
+QuantMatmulKernel int4_kernel(const WeightShape& weight, FloatType type, int64_t m) {
+  return instance_for<WeightFormat::kInt4>(weight, type, m);
 }
 
-QuantMatmulKernel int4_asym_kernel(FloatType type, int64_t m) {
-  return instance_for<WeightFormat::kInt4Asym>(type, m);
+QuantMatmulKernel int4_asym_kernel(const WeightShape& weight, FloatType type, int64_t m) {
+  return instance_for<WeightFormat::kInt4Asym>(weight, type, m);
 }
 
 }  // namespace llmos

@@ -2,8 +2,8 @@
 
 namespace llmos {
 
-QuantMatmulKernel int8_kernel(FloatType type, int64_t m) {
-  return instance_for<WeightFormat::kInt8>(type, m);
+QuantMatmulKernel int8_kernel(const WeightShape& weight, FloatType type, int64_t m) {
+  return instance_for<WeightFormat::kInt8>(weight, type, m);
 }
 
 }  // namespace llmos

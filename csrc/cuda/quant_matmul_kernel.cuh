@@ -1,9 +1,10 @@
 // The kernel of quant_matmul.h. Few rows of x make it a matter of reading the weight: 16-byte
-// copies to shared memory run several stages ahead of the tensor cores, on every SM.
+// copies to shared memory run several stages ahead of the tensor cores, on every SM. Many rows make
+// it one of tensor cores, which weights then reach already scaled.
 #pragma once
 
-#include "cuda/epilogue.cuh"
 #include "cuda/pipeline.cuh"
+#include "cuda/product_tile.cuh"
 #include "cuda/quant_matmul.h"
 #include "cuda/unpack.cuh"
 #include "cuda/weight_stage.cuh"
@@ -11,38 +12,42 @@
 namespace llmos {
 
 // A stage of the ring in shared memory: the weight's parts, with x behind the weights.
-template <WeightFormat kFormat, uint32_t kXTiles>
+template <WeightFormat kFormat, typename Tile>
 struct QuantMatmulRing : WeightStage<kFormat> {
   using Stage = WeightStage<kFormat>;
-  static constexpr uint32_t kRows = kXTiles * kXTile;
-  static constexpr uint32_t kX = kRows * kStage * 2;
+  static constexpr uint32_t kX = Tile::kRows * kStage * 2;
   static constexpr uint32_t kGroups = Stage::kWeights + kX;  // where scales begin
   static constexpr uint32_t kBytes = kGroups + Stage::kScales + Stage::kZeros;
-  // two blocks on an SM where their sums leave enough registers
-  static constexpr uint32_t kBlocks = kXTiles <= 2 ? 2 : 1;
-  static_assert(Stage::kDepth * kBytes <= 162 << 10, "an A100 has 163 KB for a block");
-  static_assert(kBlocks * (Stage::kDepth * kBytes + 2048) <= 228 << 10, "an H200 has 228 KB");
+  static constexpr uint32_t kMostDepth = (162 << 10) / kBytes;  // an A100 has 163 KB for a block
+  static constexpr uint32_t kDepth = Stage::kDepth < kMostDepth ? Stage::kDepth : kMostDepth;
+  static_assert(kDepth >= 2, "copies run ahead");
+  static_assert(Tile::kBlocks * (kDepth * kBytes + 2048) <= 228 << 10, "an H200 has 228 KB");
 };
 
 // What one thread does for part `split` of the sums of tile `tile`.
-template <WeightFormat kFormat, FloatType kType, uint32_t kXTiles>
+template <WeightFormat kFormat, FloatType kType, uint32_t kXWarps, uint32_t kXTiles>
 class QuantMatmulThread {
-  using Ring = QuantMatmulRing<kFormat, kXTiles>;
-  static_assert(SumsOfThread<2 * kXTiles, float>::kSharedBytes <= Ring::kDepth * Ring::kBytes);
-  using Sums = float[2 * kXTiles][4];  // of products of 16 rows: two for a pair and 8 rows of x
+  using Tile = ProductTile<kXWarps, kXTiles>;
+  using Ring = QuantMatmulRing<kFormat, Tile>;
+  using Sums = float[Tile::kCount][4];
+  static_assert(SumsOfThread<Tile::kCount, float>::kSharedBytes <= Ring::kDepth * Ring::kBytes);
+  // several pairs leave no registers for sums of a group beside totals
+  static constexpr bool kScalesWeights = Ring::kGrouped && Tile::kPairs > 1;
+  static constexpr bool kHasTotals = Ring::kGrouped && !kScalesWeights;
+  // steps at a time: of more, ptxas begins the next one so early that registers spill
+  static constexpr uint32_t kUnrolled = kScalesWeights ? 1 : kStageSteps;
 
  public:
   __device__ QuantMatmulThread(const CudaQuantMatmul& call, uint32_t tile, uint32_t split,
                                uint32_t thread)
       : call_(call),
-        tile_(tile),
         split_(split),
         thread_(thread),
         warp_(thread / 32),
         lane_(thread % 32),
-        pair_(int64_t{tile} * kWarps + warp_),
-        weights_(call, pair_, warp_, lane_, read_once_policy()),
-        x_(call.x + x_row() * call.x_stride + x_unit() * 8) {}
+        tile_(call, tile, thread),
+        weights_(call, tile_.first_pair() + warp_, warp_, lane_, tile_.weight_policy()),
+        x_(call.x + (tile_.first_row() + x_row()) * call.x_stride + x_unit() * 8) {}
 
   __device__ void run() {
     const uint32_t begin = first_stage(stages(call_.weight), split_, call_.splits);
@@ -50,10 +55,8 @@ class QuantMatmulThread {
     run_pipeline<Ring::kDepth>(
         count, [&](uint32_t number) { copy(begin + number, slot(number)); },
         [&](uint32_t number) { multiply(slot(number)); });
-    const SumsOfThread<2 * kXTiles, float> sums(call_, tile_, split_, thread_);
-    if (sums.take(Ring::kGrouped ? totals_ : sums_,
-                  [&](uint32_t i) { return x_row_at(i) < call_.m; }))
-      finish(sums);
+    tile_.template finish<!Ring::kGrouped>(split_, kType, kHasTotals ? totals_ : sums_,
+                                           [](int64_t) { return 1.0f; });
   }
 
  private:
@@ -69,55 +72,65 @@ class QuantMatmulThread {
     if constexpr (Ring::kGrouped) weights_.copy_groups(stage, slot + Ring::kGroups);
   }
 
-  // A thread copies the same 8 k of every 16th row.
-  static constexpr uint32_t kXUnits = kStage / 8;
+  // A thread copies the same 8 k of every kXRows-th row.
+  static constexpr uint32_t kXUnits = kStage / 8, kXRows = kThreads / kXUnits;
   __device__ uint32_t x_row() const { return thread_ / kXUnits; }
   __device__ uint32_t x_unit() const { return thread_ % kXUnits; }
 
   __device__ void copy_x(uint32_t stage, uint8_t* to) const {
     const uint32_t k = stage * kStage + x_unit() * 8;
 #pragma unroll
-    for (uint32_t i = 0; i < Ring::kRows; i += kThreads / kXUnits) {
+    for (uint32_t i = 0; i < Tile::kRows; i += kXRows) {
       const uint32_t row = x_row() + i;
-      if (row < Ring::kRows)
-        copy_async(to + x_place(Ring::kRows, row, x_unit()) * 16,
+      if (Tile::kRows % kXRows == 0 || row < Tile::kRows)
+        copy_async(to + x_place(Tile::kRows, row, x_unit()) * 16,
                    x_ + i * call_.x_stride + int64_t{stage} * kStage,
-                   row < call_.m && k < call_.weight.k);
+                   tile_.first_row() + row < call_.m && k < call_.weight.k);
     }
   }
 
   // ---- products ----
 
   __device__ void multiply(uint8_t* slot) {
-#pragma unroll
+#pragma unroll kUnrolled
     for (uint32_t step = 0; step < kStageSteps; ++step) {
       const uint32_t group = Ring::kGrouped ? group_of_step(weights_.groups_of_stage(), step) : 0;
-      uint32_t levels[4][4];  // pairs of the lane's four rows
-      unpack_step(slot, step, group, levels);
+      uint32_t levels[Tile::kPairs][4][4];  // pairs of the lane's four rows
+#pragma unroll
+      for (uint32_t p = 0; p < Tile::kPairs; ++p)
+        unpack_step(slot, step, tile_.pair() + p, group, levels[p]);
 #pragma unroll
       for (uint32_t tile = 0; tile < kXTiles; ++tile) {
         uint32_t x[4];
         x_of_step(slot + Ring::kWeights, step, tile, x);
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-#pragma unroll
-          for (int r = 0; r < 2; ++r)
-            multiply_tile<kType>(sums_[2 * tile + r],
-                                 {levels[2 * r][2 * j], levels[2 * r + 1][2 * j],
-                                  levels[2 * r][2 * j + 1], levels[2 * r + 1][2 * j + 1]},
-                                 {x[2 * j], x[2 * j + 1]});
+        for (uint32_t p = 0; p < Tile::kPairs; ++p)
+          multiply_pair(levels[p], x, &sums_[Tile::product_of(p, tile)]);
       }
-      if constexpr (Ring::kGrouped)
+      if constexpr (kHasTotals)
         if (ends_group(weights_.groups_of_stage(), step)) end_group(slot + Ring::kGroups, group);
     }
   }
 
-  __device__ void unpack_step(uint8_t* slot, uint32_t step, uint32_t group,
+  // A pair of panels by 8 rows of x: two products, for the halves of the step's k.
+  __device__ static void multiply_pair(const uint32_t (&levels)[4][4], const uint32_t (&x)[4],
+                                       float (*sums)[4]) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        multiply_tile<kType>(sums[r],
+                             {levels[2 * r][2 * j], levels[2 * r + 1][2 * j],
+                              levels[2 * r][2 * j + 1], levels[2 * r + 1][2 * j + 1]},
+                             {x[2 * j], x[2 * j + 1]});
+  }
+
+  __device__ void unpack_step(uint8_t* slot, uint32_t step, uint32_t pair, uint32_t group,
                               uint32_t (&levels)[4][4]) const {
     uint32_t words[loads_per_step(kFormat)][4], zeros = 0;
-    Ring::load_step(slot, warp_, step, lane_, words);
+    Ring::load_step(slot, pair, step, lane_, words);
     if constexpr (Ring::kHasZeros)
-      zeros = Ring::load_zeros(slot + Ring::kGroups, warp_, group, lane_);
+      zeros = Ring::load_zeros(slot + Ring::kGroups, pair, group, lane_);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if constexpr (kFormat == WeightFormat::kInt8)
@@ -128,21 +141,32 @@ class QuantMatmulThread {
         unpack_int4<kType>(words[0][i],
                            Ring::kHasZeros ? minus_zero<kType>(zeros, i) : kMinusEight<kType>,
                            levels[i]);
+    if constexpr (kScalesWeights) scale_levels(slot + Ring::kGroups, pair, group, levels);
+  }
+
+  __device__ void scale_levels(uint8_t* groups, uint32_t pair, uint32_t group,
+                               uint32_t (&levels)[4][4]) const {
+    float scales[4];
+    Ring::load_scales(groups, pair, group, lane_, scales);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) levels[i][j] = scale_pair<kType>(levels[i][j], scales[i]);
   }
 
   __device__ void x_of_step(uint8_t* x, uint32_t step, uint32_t tile, uint32_t (&pairs)[4]) const {
-    const uint32_t row = tile * kXTile + lane_ / 4, unit = step * 4 + lane_ % 4;
+    const uint32_t row = tile_.row() + tile * kXTile + lane_ / 4, unit = step * 4 + lane_ % 4;
     uint32_t stored[4];
-    load_16_bytes(x + x_place(Ring::kRows, row, unit) * 16, stored);
+    load_16_bytes(x + x_place(Tile::kRows, row, unit) * 16, stored);
     permute_x(stored, pairs);
   }
 
   // The sums over a group, times its scales, go to the totals.
   __device__ void end_group(uint8_t* groups, uint32_t group) {
     float scales[4];
-    Ring::load_scales(groups, warp_, group, lane_, scales);
+    Ring::load_scales(groups, tile_.pair(), group, lane_, scales);
 #pragma unroll
-    for (uint32_t index = 0; index < 2 * kXTiles; ++index)
+    for (uint32_t index = 0; index < Tile::kCount; ++index)
 #pragma unroll
       for (uint32_t e = 0; e < 4; ++e) {
         totals_[index][e] += scales[index % 2 * 2 + e / 2] * sums_[index][e];
@@ -150,38 +174,20 @@ class QuantMatmulThread {
       }
   }
 
-  // Of four columns `index`.
-  __device__ uint32_t x_row_at(uint32_t index) const {
-    return index / 2 * kXTile + x_row_of(lane_, index % 2);
-  }
-
-  __device__ void finish(const SumsOfThread<2 * kXTiles, float>& sums) const {
-    const Epilogue epilogue(call_, kType, pair_, lane_);
-    float scales[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-    if constexpr (!Ring::kGrouped) epilogue.load_scales(scales);
-#pragma unroll 1
-    for (uint32_t index = 0; index < 2 * kXTiles; ++index) {
-      float values[4] = {};
-      if (x_row_at(index) < call_.m) sums.read(index, values);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) values[i] *= scales[i];
-      epilogue.finish(x_row_at(index), values);
-    }
-  }
-
   const CudaQuantMatmul& call_;
-  const uint32_t tile_, split_, thread_, warp_, lane_;
-  const int64_t pair_;
+  const uint32_t split_, thread_, warp_, lane_;
+  const Tile tile_;
   const WeightCopies<kFormat> weights_;
   const uint16_t* x_;
   Sums sums_ = {};    // of a group, or of a row where there are no groups
   Sums totals_ = {};  // of groups, scaled
 };
 
-template <WeightFormat kFormat, FloatType kType, uint32_t kXTiles>
-__global__ void __launch_bounds__(kThreads, (QuantMatmulRing<kFormat, kXTiles>::kBlocks))
+template <WeightFormat kFormat, FloatType kType, uint32_t kXWarps, uint32_t kXTiles>
+__global__ void __launch_bounds__(kThreads, (ProductTile<kXWarps, kXTiles>::kBlocks))
     quant_matmul_kernel(const __grid_constant__ CudaQuantMatmul call) {
-  QuantMatmulThread<kFormat, kType, kXTiles>(call, blockIdx.x, blockIdx.y, threadIdx.x).run();
+  using Thread = QuantMatmulThread<kFormat, kType, kXWarps, kXTiles>;
+  Thread(call, blockIdx.x, blockIdx.y, threadIdx.x).run();
 }
 
 }  // namespace llmos

@@ -8,13 +8,13 @@ namespace llmos {
 struct QuantMatmulKernel {
   void (*function)(CudaQuantMatmul);
   int shared_bytes;
-  uint32_t x_tiles;  // of 8 rows
+  uint32_t rows;  // of x in a tile
 };
 
-// For kBf16 and kFp16, and 1 <= m <= kMaxRows.
-QuantMatmulKernel int8_kernel(FloatType type, int64_t m);
-QuantMatmulKernel int4_kernel(FloatType type, int64_t m);
-QuantMatmulKernel int4_asym_kernel(FloatType type, int64_t m);
-QuantMatmulKernel nf4_kernel(FloatType type, int64_t m);
+// For kBf16 and kFp16.
+QuantMatmulKernel int8_kernel(const WeightShape& weight, FloatType type, int64_t m);
+QuantMatmulKernel int4_kernel(const WeightShape& weight, FloatType type, int64_t m);
+QuantMatmulKernel int4_asym_kernel(const WeightShape& weight, FloatType type, int64_t m);
+QuantMatmulKernel nf4_kernel(const WeightShape& weight, FloatType type, int64_t m);
 
 }  // namespace llmos

@@ -2,8 +2,8 @@
 
 namespace llmos {
 
-QuantMatmulKernel nf4_kernel(FloatType type, int64_t m) {
-  return instance_for<WeightFormat::kNf4>(type, m);
+QuantMatmulKernel nf4_kernel(const WeightShape& weight, FloatType type, int64_t m) {
+  return instance_for<WeightFormat::kNf4>(weight, type, m);
 }
 
 }  // namespace llmos

@@ -114,6 +114,16 @@ __device__ inline void unpack_nf4(uint32_t word, uint32_t (&pairs)[4]) {
   }
 }
 
+// Both of a pair times `scale`, a bf16, rounded once.
+template <FloatType kType>
+__device__ inline uint32_t scale_pair(uint32_t pair, float scale) {
+  if constexpr (kType == FloatType::kBf16)
+    return multiply_add_pair<kType>(pair, permute_bytes(bits_of(scale), 0, 0x3232), kSigns);  // -0
+  else  // does not hold every scale
+    return narrow_to_fp16(widen<kType>(static_cast<uint16_t>(pair)) * scale,
+                          widen<kType>(static_cast<uint16_t>(pair >> 16)) * scale);
+}
+
 // 8 elements of x in their order to the pairs' order: pair 2 j + h as above.
 __device__ inline void permute_x(const uint32_t (&x)[4], uint32_t (&pairs)[4]) {
 #pragma unroll

@@ -1,7 +1,7 @@
 """quant_matmul on csrc/cuda.
 
-Rounded activations multiply stored weights; floating-point ones, up to 64 rows of them, likewise,
-and more of them a dense weight.
+Rounded activations multiply stored weights; up to MAX_ROWS rows of floating-point ones likewise,
+and more rows a dense weight.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ try:
 except ImportError:
     _CUDA = None
 
-# kMaxRows of csrc/cuda/quant_matmul.h
-MAX_ROWS = 64
+# beyond, tiles of rows decode the weight so often that a dense one pays: an estimate
+MAX_ROWS = 256
 ACTIVATION_CODES = {"": -1, "relu": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}

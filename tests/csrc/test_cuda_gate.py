@@ -20,9 +20,10 @@ FORMATS = {"int8": 0, "int4": 1, "int4_asym": 2, "nf4": 3}
 TYPES = {"bf16": 1, "fp16": 2}
 X_TILES = (1, 2, 4, 8)
 OPERATION = re.compile(r"\*/\s+(?:@\S+\s+)?(\w[\w.]*)")
-NAME = re.compile(r"quant_matmul_kernel\w*?WeightFormatE(\d)ELN\w*?FloatTypeE(\d)ELj(\d)E")
-KERNELS = {(f, t, x) for f in FORMATS.values() for t in TYPES.values() for x in X_TILES}
-# format, rows of warps, tiles of x for each
+# rows of warps, tiles of x for each
+TILES = {(1, x) for x in X_TILES} | {(2, 8)}
+NAME = re.compile(r"quant_matmul_kernel\w*?WeightFormatE(\d)ELN\w*?FloatTypeE(\d)ELj(\d)ELj(\d)E")
+KERNELS = {(f, t, *tile) for f in FORMATS.values() for t in TYPES.values() for tile in TILES}
 INTEGER_NAME = re.compile(r"integer_matmul_kernel\w*?WeightFormatE(\d)ELj(\d)ELj(\d)E")
 INTEGER_KERNELS = {(FORMATS[f], 1, x) for f in ("int8", "int4", "int4_asym") for x in X_TILES}
 INTEGER_KERNELS |= {(FORMATS["int8"], 2, 8)}
@@ -62,7 +63,7 @@ def cuobjdump(option, extension):
 
 
 def kernel_of(line, name=NAME):
-    """(format, type, tiles of x) where ``line`` begins a kernel of quant_matmul."""
+    """The numbers of ``name`` where ``line`` begins such a kernel."""
     found = name.search(line)
     return None if found is None else tuple(int(number) for number in found.groups())
 
@@ -70,6 +71,12 @@ def kernel_of(line, name=NAME):
 def architectures(found):
     """Those of the kernels; the linker adds an empty one of its own."""
     return {name: lines for name, lines in found.items() if any(map(NAME.search, lines))}
+
+
+def most_registers(warps, tiles):
+    """Of a thread; two blocks share an SM for up to 16 rows: kBlocks of product_tile.cuh."""
+    blocks = 2 if warps * tiles <= 2 else 1
+    return min(255, REGISTERS // THREADS // blocks)
 
 
 def test_no_kernel_spills_and_registers_suffice(extension):
@@ -84,13 +91,10 @@ def test_no_kernel_spills_and_registers_suffice(extension):
             numbers = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
             assert numbers["STACK"] == numbers["LOCAL"] == 0, where
             if (kernel := kernel_of(name)) is not None:
-                # two blocks on an SM for up to 16 rows: kBlocks of quant_matmul_kernel.cuh
-                blocks = 2 if kernel[2] <= 2 else 1
-                assert numbers["REG"] <= min(255, REGISTERS // THREADS // blocks), where
+                assert numbers["REG"] <= most_registers(*kernel[2:]), where
                 kernels.add(kernel)
             if (kernel := kernel_of(name, INTEGER_NAME)) is not None:
-                blocks = 2 if kernel[1] * kernel[2] <= 2 else 1
-                assert numbers["REG"] <= min(255, REGISTERS // THREADS // blocks), where
+                assert numbers["REG"] <= most_registers(*kernel[1:]), where
                 integer_kernels.add(kernel)
         assert kernels == KERNELS, architecture
         assert integer_kernels == INTEGER_KERNELS, architecture
@@ -129,15 +133,17 @@ def test_the_instructions_that_are_meant(sass):
     for architecture, lines in sass.items():
         counts = counts_of(lines, NAME)
         assert set(counts) == KERNELS, architecture
-        for (weights, dtype, tiles), count in counts.items():
-            where = (architecture, weights, dtype, tiles)
+        for (weights, dtype, pairs, tiles), count in counts.items():
+            where = (architecture, weights, dtype, pairs, tiles)
             product = "HMMA.16816.F32.BF16" if dtype == TYPES["bf16"] else "HMMA.16816.F32"
-            # 4 steps of a stage; two products of 16 rows by two halves of a step's k
-            assert count[product] == 4 * 4 * tiles, where
+            # 4 steps of a stage, a loop where weights are scaled before they are multiplied; two
+            # products of 16 rows by two halves of a step's k
+            steps = 1 if pairs > 1 and weights != FORMATS["int8"] else 4
+            assert count[product] == steps * 4 * pairs * tiles, where
             loads = 8 if weights == FORMATS["int8"] else 4
             assert copies_are_wide(count, loads), where
             # a lane's weights and its x: one load of 16 bytes each
-            assert count["LDS.128"] >= loads + 4 * tiles, where
+            assert count["LDS.128"] >= steps * (loads // 4 * pairs + tiles), where
             assert uses_no_local_memory(count), where
 
 

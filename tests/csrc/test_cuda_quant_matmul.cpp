@@ -15,16 +15,24 @@ namespace {
 constexpr WeightFormat kFormats[] = {WeightFormat::kInt8, WeightFormat::kInt4,
                                      WeightFormat::kInt4Asym, WeightFormat::kNf4};
 
-QuantMatmulKernel kernel_of(WeightFormat format, FloatType type, int64_t m) {
-  switch (format) {
+// What is chosen, or the tile of 128 rows, which products as small as these do not get.
+template <WeightFormat kFormat>
+QuantMatmulKernel kernel_of(const WeightShape& weight, FloatType type, int64_t m, bool largest) {
+  if (!largest) return instance_for<kFormat>(weight, type, m);
+  return type == FloatType::kBf16 ? instance<kFormat, FloatType::kBf16, 2, 8>()
+                                  : instance<kFormat, FloatType::kFp16, 2, 8>();
+}
+
+QuantMatmulKernel kernel_of(const WeightShape& weight, FloatType type, int64_t m, bool largest) {
+  switch (weight.format) {
     case WeightFormat::kInt8:
-      return instance_for<WeightFormat::kInt8>(type, m);
+      return kernel_of<WeightFormat::kInt8>(weight, type, m, largest);
     case WeightFormat::kInt4:
-      return instance_for<WeightFormat::kInt4>(type, m);
+      return kernel_of<WeightFormat::kInt4>(weight, type, m, largest);
     case WeightFormat::kInt4Asym:
-      return instance_for<WeightFormat::kInt4Asym>(type, m);
+      return kernel_of<WeightFormat::kInt4Asym>(weight, type, m, largest);
     default:
-      return instance_for<WeightFormat::kNf4>(type, m);
+      return kernel_of<WeightFormat::kNf4>(weight, type, m, largest);
   }
 }
 
@@ -46,9 +54,10 @@ class Problem : public ProductProblem {
         [&](int64_t row, int64_t k) { return load_value(c.type, x_.data(), row * x_stride_ + k); });
   }
 
-  bool holds(bool late, bool backward) {
-    const QuantMatmulKernel kernel = kernel_of(c_.format, c_.type, c_.m);
-    const Launch launch{tiles_of_columns(shape_), kernel.x_tiles * kXTile, kernel.shared_bytes};
+  bool holds(bool late, bool backward, bool largest) {
+    const QuantMatmulKernel kernel = kernel_of(shape_, c_.type, c_.m, largest);
+    const uint32_t tiles = tiles_of_product(shape_, c_.m, kernel.rows);
+    const Launch launch{tiles, kernel.rows, kernel.shared_bytes};
     return ProductProblem::holds(launch, {&x_}, late, backward, [&](const QuantProduct& product) {
       kernel.function({product, halves(), x_stride_});
     });
@@ -131,6 +140,24 @@ bool unpacks_exactly() {
   return exact;
 }
 
+// Scales from 2^-30 to 2^20, of which fp16 holds a part.
+template <FloatType kType>
+bool scales_with_one_rounding() {
+  bool exact = true;
+  Random random;
+  for (int i = 0; i < 10000; ++i) {
+    const float low = random.below(31) - 15, high = nf4_value(random.below(16));
+    const uint16_t levels[2] = {narrow<kType>(low), narrow<kType>(high)};
+    const float scale = widen<FloatType::kBf16>(
+        uint16_t(random.below(2) << 15 | (97 + random.below(51)) << 7 | random.below(128)));
+    const uint32_t pair = scale_pair<kType>(levels[0] | uint32_t{levels[1]} << 16, scale);
+    for (int half = 0; half < 2; ++half)
+      exact = exact && half_of<kType>(pair, half) ==
+                           widen<kType>(narrow<kType>(widen<kType>(levels[half]) * scale));
+  }
+  return exact;
+}
+
 bool splits_cover_all_stages() {
   for (uint32_t stages = 1; stages < 70; ++stages)
     for (uint32_t splits = 1; splits <= stages; ++splits) {
@@ -155,6 +182,15 @@ bool plans_fill_the_chip() {
   return fills;
 }
 
+// Tiles of 64 rows until there are many of 128.
+bool tiles_are_many() {
+  const auto rows = [](int64_t n, int64_t m) {
+    return kernel_of({n, 4096, 128, WeightFormat::kInt4}, FloatType::kBf16, m, false).rows;
+  };
+  return rows(28672, 64) == 64 && rows(28672, 65) == 128 && rows(8192, 128) == 64 &&
+         rows(8192, 129) == 128 && rows(4096, 256) == 64;
+}
+
 std::vector<Case> cases() {
   std::vector<Case> all;
   Random random;
@@ -172,6 +208,11 @@ std::vector<Case> cases() {
       add(format, type, 21, 70, 301);
       add(format, type, 33, 290, 97);
       add(format, type, 64, 34, 392);
+      // m off tiles of 64 and of 128 rows, one and several of them
+      add(format, type, 67, 40, 650);
+      add(format, type, 150, 274, 161);
+      const int64_t group_size = is_4bit(format) ? 32 : 300;
+      all.push_back({format, type, 140, 64, 300, group_size, 2, true, true, true, true, true});
     }
   return all;
 }
@@ -190,12 +231,17 @@ int main() {
         count(finds_every_weight_once(format, n, k), "a weight is not found once");
   count(unpacks_exactly<FloatType::kBf16>(), "a code does not become its level in bf16");
   count(unpacks_exactly<FloatType::kFp16>(), "a code does not become its level in fp16");
+  count(scales_with_one_rounding<FloatType::kBf16>(), "a scaled level is not rounded once in bf16");
+  count(scales_with_one_rounding<FloatType::kFp16>(), "a scaled level is not rounded once in fp16");
   count(splits_cover_all_stages(), "splits do not cover all stages");
   count(plans_fill_the_chip(), "a plan does not fill the chip");
+  count(tiles_are_many(), "a product does not get its tile");
   bool backward = false;
   for (const Case& c : cases()) {
     Problem problem(c);
-    for (const bool late : {false, true}) count(problem.holds(late, late != backward));
+    for (const bool late : {false, true})
+      for (const bool largest : {false, true})
+        if (c.m > 64 || !largest) count(problem.holds(late, late != backward, largest));
     backward = !backward;
   }
   std::printf("%d passed, %d failed\n", passed, failed);

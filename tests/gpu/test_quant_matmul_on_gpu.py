@@ -52,8 +52,10 @@ def test_passes_its_self_test(scheme, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (77, 129), (300, 2500), (4096, 4096)], ids=str)
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 100, 128, 200, 256, 257])
+@pytest.mark.parametrize(
+    ("n", "k"), [(1, 1), (77, 129), (300, 2500), (4096, 4096), (8200, 1500), (16400, 777)], ids=str
+)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_any_size(scheme, n, k, m, dtype):
     check(weight_of(n, k, scheme), m, dtype)
@@ -100,20 +102,26 @@ def test_int8_does_not_depend_on_how_k_is_split(m):
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("m", "n"), [(5, 520), (150, 520), (150, 8200)])
 @pytest.mark.parametrize("scheme", SCHEMES[1:] + ROUNDED[1:])
-def test_any_group(scheme, group_size):
+def test_any_group(scheme, m, n, group_size):
     for k in (260, 4096):
-        check(weight_of(520, k, scheme, group_size), 5, torch.bfloat16)
+        check(weight_of(n, k, scheme, group_size), m, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize(
-    ("scheme", "m"), [("int8_a16", 13), ("int4_a16", 13), ("int8", 13), ("int8", 140), ("int4", 70)]
+    ("scheme", "m", "n"),
+    [
+        *[("int8_a16", 13, 530), ("int8_a16", 140, 8200), ("int4_a16", 13, 530)],
+        *[("int4_a16", 140, 530), ("int4_a16", 140, 8200)],
+        *[("int8", 13, 530), ("int8", 140, 530), ("int4", 70, 530)],
+    ],
 )
-def test_epilogue(scheme, m, activation, dtype):
-    check(weight_of(530, 1028, scheme), m, dtype, residual=True, activation=activation)
-    pair = interleave(*(weight_of(528, 1028, scheme) for _ in range(2)))
+def test_epilogue(scheme, m, n, activation, dtype):
+    check(weight_of(n, 1028, scheme), m, dtype, residual=True, activation=activation)
+    pair = interleave(*(weight_of(n // 16 * 16, 1028, scheme) for _ in range(2)))
     check(pair, m, dtype, residual=True, activation=activation, gated=True)
 
 
@@ -128,10 +136,10 @@ def test_views_and_biases(scheme, bias_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", [1, 16, 32, 64])
+@pytest.mark.parametrize(("m", "n"), [*((m, 4096) for m in (1, 16, 32, 64, 100)), (256, 8192)])
 @pytest.mark.parametrize("scheme", SCHEMES + ROUNDED)
-def test_the_same_a_thousand_times(scheme, m, dtype):
-    weight, x = weight_of(4096, 4096, scheme), random(m, 4096, dtype=dtype).to(DEVICE)
+def test_the_same_a_thousand_times(scheme, m, n, dtype):
+    weight, x = weight_of(n, 4096, scheme), random(m, 4096, dtype=dtype).to(DEVICE)
     expected = ops.quant_matmul(x, weight, impl="native")
     wrong = torch.zeros((), dtype=torch.bool, device=DEVICE)
     for _ in range(1000):

@@ -164,8 +164,8 @@ def test_aligned_rows_are_not_copied():
     ("rows", "dtype", "room", "chosen"),
     [
         (1, torch.bfloat16, True, "few"),
-        (64, torch.float16, True, "few"),
-        (65, torch.bfloat16, True, "dense"),
+        (256, torch.float16, True, "few"),
+        (257, torch.bfloat16, True, "dense"),
         (1, torch.float32, True, "dense"),
         (1, torch.bfloat16, False, "dense"),
         (0, torch.bfloat16, True, "dense"),

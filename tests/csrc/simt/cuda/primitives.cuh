@@ -43,6 +43,10 @@ uint16_t narrow(float value) {
   return sign | static_cast<uint16_t>(((exponent + 13) << 10) + mantissa);
 }
 
+inline uint32_t narrow_to_fp16(float low, float high) {
+  return narrow<FloatType::kFp16>(low) | uint32_t{narrow<FloatType::kFp16>(high)} << 16;
+}
+
 template <FloatType kType>
 float half_of(uint32_t pair, int i) {
   return widen<kType>(static_cast<uint16_t>(pair >> (16 * i)));
