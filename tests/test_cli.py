@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -444,8 +445,10 @@ def test_interrupted_twice_keeps_the_last_good_checkpoint(run, text, tmp_path, m
 
     def step(self, data, targets):
         if self.steps_done == 4:
-            # to this thread, one after the other: two that wait count as one
+            # to this thread, one after the other: two that wait count as one, and the first may
+            # wait where another thread of the test's process has just had its turn
             signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)
             signal.raise_signal(signal.SIGINT)
         return whole_step(self, data, targets)
 
