@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from llmos_fast.formats import FOUR_BIT
-from llmos_fast.library import differentiable, register
+from llmos_fast.quant_operator import by_definition, dequantize_operator, product_operator
 from llmos_fast.quantize import PANEL, QuantizedWeight, format_of, rounds_activations
-from llmos_fast.reference import quant_matmul as definition
 from llmos_fast.reference.quant_matmul import finish
 
 from . import quant_matmul_self_test as self_test
@@ -48,26 +45,7 @@ def _dequantize(
     return out
 
 
-def _dequantize_fake(
-    packed: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    scheme: str,
-    group_size: int,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty((rows, columns), dtype=dtype, device=packed.device)
-
-
-dequantize = register(
-    "dequantize_triton(Tensor packed, Tensor scales, Tensor? zero_points, str scheme, "
-    "int group_size, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
-    _dequantize,
-    _dequantize_fake,
-    DEVICES,
-)
+dequantize = dequantize_operator("dequantize_triton", _dequantize, DEVICES)
 
 
 def product(
@@ -137,13 +115,9 @@ def _tested_product(
     gated: bool,
 ) -> Tensor:
     # unsupported() has asked, but not where torch.compile traced it with fake tensors
-    if _refusal(x, scheme, group_size, gated) is None:
-        rest = (scheme, group_size, n, activation, gated)
-        return product(x, packed, scales, zero_points, bias, residual, *rest)
-    weight = QuantizedWeight(packed, scales, zero_points, scheme, group_size, (n, x.shape[-1]))
-    return definition.quant_matmul(
-        x, weight, bias, activation=activation or None, gated=gated, residual=residual
-    )
+    run = product if _refusal(x, scheme, group_size, gated) is None else by_definition
+    rest = (scheme, group_size, n, activation, gated)
+    return run(x, packed, scales, zero_points, bias, residual, *rest)
 
 
 def _refusal(x: Tensor, scheme: str, group_size: int, gated: bool) -> str | None:
@@ -154,55 +128,7 @@ def _refusal(x: Tensor, scheme: str, group_size: int, gated: bool) -> str | None
     return self_test.refusal(case, product, _dequantize, x.device)
 
 
-def _fake(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scheme: str,
-    group_size: int,
-    n: int,
-    activation: str,
-    gated: bool,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], n // 2 if gated else n))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scales, zero_points, bias, _, scheme, group_size, n, activation, gated = inputs
-    ctx.save_for_backward(packed, scales, zero_points)
-    ctx.scheme, ctx.group_size, ctx.n, ctx.columns = scheme, group_size, n, x.shape[-1]
-    ctx.fused = bool(activation) or gated
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.fused:  # forward() fuses nothing nonlinear where gradients are wanted
-        raise RuntimeError("llmos_fast::quant_matmul_triton: no gradient through an activation")
-    packed, scales, zero_points = ctx.saved_tensors
-    x_gradient = bias_gradient = None
-    if ctx.needs_input_grad[0]:
-        shape = (ctx.n, ctx.columns, gradient.dtype)
-        weight = dequantize(packed, scales, zero_points, ctx.scheme, ctx.group_size, *shape)
-        x_gradient = gradient @ weight
-    if ctx.needs_input_grad[4]:
-        bias_gradient = flat(gradient).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    residual_gradient = gradient if ctx.needs_input_grad[5] else None
-    return x_gradient, None, None, None, bias_gradient, residual_gradient, *[None] * 5
-
-
-_operator = differentiable(
-    "quant_matmul_triton(Tensor x, Tensor packed, Tensor scales, Tensor? zero_points, "
-    "Tensor? bias, Tensor? residual, str scheme, int group_size, SymInt n, str activation, "
-    "bool gated) -> Tensor",
-    _tested_product,
-    _fake,
-    _setup_context,
-    _backward,
-    DEVICES,
-)
+_operator = product_operator("quant_matmul_triton", _tested_product, dequantize, DEVICES)
 
 
 def unsupported(

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 import llmos_fast._C as _C
-from llmos_fast.library import (
-    LIBRARY,
-    differentiable,
-    is_plain,
-    refusal_of_transforms,
-    register,
-)
+from llmos_fast.library import is_plain, refusal_of_transforms
 from llmos_fast.native import quant_matmul_cuda as cuda
 from llmos_fast.native import quant_matmul_self_test as self_test
 from llmos_fast.native.common import FORMAT_CODES, address, contiguous, dtype_code
+from llmos_fast.quant_operator import by_definition, dequantize_operator, product_operator
 from llmos_fast.quantize import FP8, SCHEMES, QuantizedWeight, format_of, rounds_activations
-from llmos_fast.reference import quant_matmul as definition
 from llmos_fast.reference.quant_matmul import finish
 
 # 127 * 128 * 131072 is the largest sum of products that int32 holds
 _MAX_INTEGER_K = 131072
-
+_DEVICES = ("CPU", "CUDA")
 
 _ROUNDS = {scheme: rounds_activations(scheme) for scheme in SCHEMES}
 
@@ -53,26 +45,7 @@ def _dequantize(
     return target.to(dtype)
 
 
-def _dequantize_fake(
-    packed: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    scheme: str,
-    group_size: int,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty((rows, columns), dtype=dtype, device=packed.device)
-
-
-dequantize = register(
-    "dequantize(Tensor packed, Tensor scales, Tensor? zero_points, str scheme, int group_size, "
-    "SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
-    _dequantize,
-    _dequantize_fake,
-)
-LIBRARY.impl("dequantize", _dequantize, "CUDA")
+dequantize = dequantize_operator("dequantize", _dequantize, _DEVICES)
 
 
 def _quant_matmul(
@@ -93,11 +66,7 @@ def _quant_matmul(
         # unsupported() has asked, but not where torch.compile traced it with fake tensors
         if self_test.refusal(x.device, scheme, x.dtype) is None:
             return cuda.product(x, packed, scales, zero_points, bias, residual, *rest)
-        shape = (n, x.shape[-1])
-        weight = QuantizedWeight(packed, scales, zero_points, scheme, group_size, shape)
-        return definition.quant_matmul(
-            x, weight, bias, activation=activation or None, gated=gated, residual=residual
-        )
+        return by_definition(x, packed, scales, zero_points, bias, residual, *rest)
     packed, scales, zero_points = packed.contiguous(), scales.contiguous(), contiguous(zero_points)
     return _on_cpu(x, packed, scales, zero_points, bias, residual, *rest)
 
@@ -151,55 +120,7 @@ def _on_cpu(
     return out
 
 
-def _quant_matmul_fake(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scheme: str,
-    group_size: int,
-    n: int,
-    activation: str,
-    gated: bool,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], n // 2 if gated else n))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scales, zero_points, bias, _, scheme, group_size, n, activation, gated = inputs
-    ctx.save_for_backward(packed, scales, zero_points)
-    ctx.scheme, ctx.group_size, ctx.n, ctx.columns = scheme, group_size, n, x.shape[-1]
-    ctx.fused = bool(activation) or gated
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.fused:  # forward() fuses nothing nonlinear where gradients are wanted
-        raise RuntimeError("llmos_fast::quant_matmul: no gradient through a fused activation")
-    packed, scales, zero_points = ctx.saved_tensors
-    x_gradient = bias_gradient = None
-    if ctx.needs_input_grad[0]:
-        shape = (ctx.n, ctx.columns, gradient.dtype)
-        weight = dequantize(packed, scales, zero_points, ctx.scheme, ctx.group_size, *shape)
-        x_gradient = gradient @ weight
-    if ctx.needs_input_grad[4]:
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        bias_gradient = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    residual_gradient = gradient if ctx.needs_input_grad[5] else None
-    return x_gradient, None, None, None, bias_gradient, residual_gradient, *[None] * 5
-
-
-_operator = differentiable(
-    "quant_matmul(Tensor x, Tensor packed, Tensor scales, Tensor? zero_points, Tensor? bias, "
-    "Tensor? residual, str scheme, int group_size, SymInt n, str activation, bool gated) -> Tensor",
-    _quant_matmul,
-    _quant_matmul_fake,
-    _setup_context,
-    _backward,
-)
-LIBRARY.impl("quant_matmul", _quant_matmul, "CUDA")
+_operator = product_operator("quant_matmul", _quant_matmul, dequantize, _DEVICES)
 
 
 def unsupported(
