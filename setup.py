@@ -36,6 +36,8 @@ def cuda_architecture_flags() -> str:
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if architecture.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        if number == "90a":  # Hopper's own kernels may be launched
+            flags.append("-DLLMOS_FAST_SM_90A")
     return " ".join(flags)
 
 

@@ -36,6 +36,14 @@ void run_on(int device, const char* kernel, int64_t rows, const WeightShape& wei
                            ") weight: " + cuda_error_name(error));
 }
 
+bool has_warpgroups(int device) {
+  bool has = false;
+  int error = cuda_set_device(device);
+  if (error == 0) error = cuda_has_warpgroups(&has);
+  if (error != 0) throw std::runtime_error(std::string("CUDA device: ") + cuda_error_name(error));
+  return has;
+}
+
 void dequantize(int device, Address packed, Address scales, Address zeros, Address out, int64_t n,
                 int64_t k, int64_t group_size, int format, const std::string& dtype,
                 Address stream) {
@@ -51,33 +59,34 @@ void dequantize(int device, Address packed, Address scales, Address zeros, Addre
 using Plan = std::tuple<uint32_t, uint32_t, int64_t>;
 
 Plan quant_matmul_plan(int device, int64_t m, int64_t n, int64_t k, int64_t group_size, int format,
-                       const std::string& dtype) {
+                       const std::string& dtype, bool warpgroups) {
   const WeightShape weight{n, k, group_size, static_cast<WeightFormat>(format)};
   const FloatType type = float_type(dtype);
   QuantMatmulPlan plan{};
   run_on(device, "quant_matmul, its plan,", m, weight,
-         [&] { return plan_quant_matmul(weight, m, type, &plan); });
+         [&] { return plan_quant_matmul(weight, m, type, warpgroups, &plan); });
   return {plan.tiles, plan.splits, plan.workspace_bytes};
 }
 
 Plan integer_matmul_plan(int device, int64_t m, int64_t n, int64_t k, int64_t group_size,
-                         int format, const std::string&) {
+                         int format, const std::string&, bool warpgroups) {
   const WeightShape weight{n, k, group_size, static_cast<WeightFormat>(format)};
   QuantMatmulPlan plan{};
   run_on(device, "integer_matmul, its plan,", m, weight,
-         [&] { return plan_integer_matmul(weight, m, &plan); });
+         [&] { return plan_integer_matmul(weight, m, warpgroups, &plan); });
   return {plan.tiles, plan.splits, plan.workspace_bytes};
 }
 
 // Of x, with x_stride elements from row to row.
-using Product = int (*)(const QuantProduct&, const void* x, int64_t x_stride, FloatType, void*);
+using Product = int (*)(const QuantProduct&, const void* x, int64_t x_stride, FloatType,
+                        bool warpgroups, void* stream);
 
 template <const char* kName, Product kProduct>
 void product(int device, Address x, int64_t x_stride, Address packed, Address scales, Address zeros,
              Address bias, bool bias_is_fp32, Address residual, Address out, int64_t m, int64_t n,
              int64_t k, int64_t group_size, int format, int activation, bool gated,
-             const std::string& dtype, uint32_t splits, Address workspace, Address counters,
-             Address stream) {
+             const std::string& dtype, bool warpgroups, uint32_t splits, Address workspace,
+             Address counters, Address stream) {
   const WeightShape weight{n, k, group_size, static_cast<WeightFormat>(format)};
   const QuantProduct call{m,
                           weight,
@@ -96,7 +105,8 @@ void product(int device, Address x, int64_t x_stride, Address packed, Address sc
                           pointer<uint32_t>(counters)};
   const FloatType type = float_type(dtype);
   run_on(device, kName, m, weight, [&] {
-    return kProduct(call, pointer<const void>(x), x_stride, type, pointer<void>(stream));
+    return kProduct(call, pointer<const void>(x), x_stride, type, warpgroups,
+                    pointer<void>(stream));
   });
 }
 
@@ -109,6 +119,7 @@ constexpr char kQuantMatmul[] = "quant_matmul", kIntegerMatmul[] = "integer_matm
 PYBIND11_MODULE(_CUDA, module) {
   module.doc() = "CUDA kernels of llmos_fast; called by llmos_fast.native only";
   using namespace llmos;
+  module.def("has_warpgroups", &has_warpgroups, ReleaseGil());
   module.def("dequantize", &dequantize, ReleaseGil());
   module.def("quant_matmul_plan", &quant_matmul_plan, ReleaseGil());
   module.def("quant_matmul", &product<kQuantMatmul, cuda_quant_matmul>, ReleaseGil());

@@ -95,18 +95,33 @@ LLMOS_HOST_DEVICE constexpr uint32_t x_row_of(uint32_t lane, uint32_t i) {
   return lane % 4 * 2 + i % 2;
 }
 
+// Where a row of kBytes holds its 16-byte piece `piece`: swapped so that one piece of 8 rows
+// touches every bank of shared memory once. They are the swizzles of 32 and 64 bytes that Hopper's
+// tensor cores know (warpgroup.cuh).
+template <uint32_t kBytes>
+LLMOS_HOST_DEVICE constexpr uint32_t swizzled(uint32_t row, uint32_t piece) {
+  static_assert(kBytes == 32 || kBytes == 64, "other rows have other banks");
+  return kBytes == 32 ? piece ^ row / 4 % 2 : piece ^ row / 2 % 4;
+}
+
 // Place of x in a stage, in units of 8 k (16 bytes), for `rows` rows: a step's 32 k of all rows lie
 // together, so that 8 lanes, which read 2 rows of it, touch every bank of shared memory once.
 LLMOS_HOST_DEVICE constexpr uint32_t x_place(uint32_t rows, uint32_t row, uint32_t unit) {
-  return (unit / 4 * rows + row) * 4 + unit % 4;
+  return (unit / 4 * rows + row) * 4 + swizzled<64>(row, unit % 4);
 }
 
 // Rows of x that are rounded to int8 lie in steps, [step][row][32 of k], zeros after the last k. A
-// lane multiplies the 8 k of its own, as above, in two words.
+// lane multiplies the 8 k of its own, as above, in two words; it has the first in one piece of the
+// row and the second in the other, where a fragment's halves of k are.
 LLMOS_HOST_DEVICE inline int64_t steps(const WeightShape& s) { return (s.k + kStep - 1) / kStep; }
 
 LLMOS_HOST_DEVICE inline int64_t rounded_place(int64_t m, int64_t row, int64_t step) {
   return (step * m + row) * kStep;
+}
+
+// Where word `word` (0..7), four k, begins in a row of a step.
+LLMOS_HOST_DEVICE constexpr uint32_t rounded_word(uint32_t row, uint32_t word) {
+  return swizzled<kStep>(row, word % 2) * 16 + word / 2 * 4;
 }
 
 // Their scales lie in [group][row]: rows from one group to the next, whose beginnings are aligned.

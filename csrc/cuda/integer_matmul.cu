@@ -10,16 +10,19 @@ namespace llmos {
 
 namespace {
 
-IntegerMatmulKernel kernel_of(WeightFormat format, int64_t m) {
-  if (format == WeightFormat::kInt8) return integer_instance_for<WeightFormat::kInt8>(m);
-  if (format == WeightFormat::kInt4) return integer_instance_for<WeightFormat::kInt4>(m);
-  return integer_instance_for<WeightFormat::kInt4Asym>(m);
+IntegerMatmulKernel kernel_of(WeightFormat format, int64_t m, bool warpgroups) {
+  if (format == WeightFormat::kInt8)
+    return integer_instance_for<WeightFormat::kInt8>(m, warpgroups);
+  if (format == WeightFormat::kInt4)
+    return integer_instance_for<WeightFormat::kInt4>(m, warpgroups);
+  return integer_instance_for<WeightFormat::kInt4Asym>(m, warpgroups);
 }
 
 }  // namespace
 
-int plan_integer_matmul(const WeightShape& weight, int64_t m, QuantMatmulPlan* plan) {
-  const IntegerMatmulKernel kernel = kernel_of(weight.format, m);
+int plan_integer_matmul(const WeightShape& weight, int64_t m, bool warpgroups,
+                        QuantMatmulPlan* plan) {
+  const IntegerMatmulKernel kernel = kernel_of(weight.format, m, warpgroups);
   const auto function = reinterpret_cast<const void*>(kernel.function);
   const int error =
       plan_launch({function, kThreads, kernel.shared_bytes},
@@ -29,9 +32,9 @@ int plan_integer_matmul(const WeightShape& weight, int64_t m, QuantMatmulPlan* p
 }
 
 int cuda_integer_matmul(const QuantProduct& product, const void* x, int64_t x_stride,
-                        FloatType type, void* stream) {
+                        FloatType type, bool warpgroups, void* stream) {
   const WeightShape& weight = product.weight;
-  const IntegerMatmulKernel kernel = kernel_of(weight.format, product.m);
+  const IntegerMatmulKernel kernel = kernel_of(weight.format, product.m, warpgroups);
   const dim3 grid(tiles_of_product(weight, product.m, kernel.rows), product.splits);
   auto* after_partials =
       static_cast<uint8_t*>(product.partials) + partial_bytes(grid.x, kernel.rows, product.splits);

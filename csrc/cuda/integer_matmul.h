@@ -17,10 +17,11 @@ struct CudaIntegerMatmul : QuantProduct {
 };
 
 // As of quant_matmul.h, for any m >= 1.
-int plan_integer_matmul(const WeightShape& weight, int64_t m, QuantMatmulPlan* plan);
+int plan_integer_matmul(const WeightShape& weight, int64_t m, bool warpgroups,
+                        QuantMatmulPlan* plan);
 
 // Rounds x, m rows of `type`, x_stride elements apart, into the workspace, and multiplies.
 int cuda_integer_matmul(const QuantProduct& product, const void* x, int64_t x_stride,
-                        FloatType type, void* stream);
+                        FloatType type, bool warpgroups, void* stream);
 
 }  // namespace llmos

@@ -20,8 +20,9 @@ struct IntegerRing : WeightStage<kFormat> {
   static constexpr uint32_t kXScales = kGroups + Stage::kScales + Stage::kZeros;
   static constexpr uint32_t kBytes =
       kXScales + (Stage::kGrouped ? kStageSteps * Tile::kRows * 4 : 0);
-  static_assert(Stage::kDepth * kBytes <= 162 << 10, "an A100 has 163 KB for a block");
-  static_assert(Tile::kBlocks * (Stage::kDepth * kBytes + 2048) <= 228 << 10, "an H200 has 228 KB");
+  static constexpr uint32_t kDepth = Tile::kWarpgroups ? 4 : Stage::kDepth;
+  static_assert(Tile::kWarpgroups || kDepth * kBytes <= 162 << 10, "an A100 has 163 KB");
+  static_assert(Tile::kBlocks * (kDepth * kBytes + 2048) <= 228 << 10, "an H200 has 228 KB");
 };
 
 // What one thread does for part `split` of the sums of tile `tile`.
@@ -58,9 +59,18 @@ class IntegerMatmulThread {
   __device__ void run() {
     const uint32_t begin = first_stage(stages(call_.weight), split_, call_.splits);
     const uint32_t count = first_stage(stages(call_.weight), split_ + 1, call_.splits) - begin;
-    run_pipeline<Ring::kDepth>(
+    run_pipeline<Ring::kDepth, Tile::kWarpgroups>(
         count, [&](uint32_t number) { copy(begin + number, slot(number)); },
-        [&](uint32_t number) { multiply(slot(number)); });
+        [&](uint32_t number) {
+          if constexpr (Tile::kWarpgroups)
+            multiply_by_warpgroups(slot(number));
+          else
+            multiply(slot(number));
+        });
+    if constexpr (Tile::kWarpgroups) {
+      wait_for_products<0>();
+      hold(sums_);
+    }
     tile_.template finish<!Ring::kGrouped>(split_, call_.type, results(), [&](int64_t x_row) {
       return Ring::kGrouped ? 1.0f : call_.x_scales[x_row];
     });
@@ -120,8 +130,9 @@ class IntegerMatmulThread {
 #pragma unroll
       for (uint32_t tile = 0; tile < kXTiles; ++tile) {
         const uint32_t x_row = step * Tile::kRows + tile_.row() + tile * kXTile + lane_ / 4;
-        uint32_t x[2];
-        load_8_bytes(slot + Ring::kWeights + x_row * kStep + lane_ % 4 * 8, x);
+        uint8_t* row = slot + Ring::kWeights + x_row * kStep;
+        const uint32_t x[2] = {load_4_bytes(row + rounded_word(lane_ / 4, lane_ % 4 * 2)),
+                               load_4_bytes(row + rounded_word(lane_ / 4, lane_ % 4 * 2 + 1))};
 #pragma unroll
         for (uint32_t p = 0; p < Tile::kPairs; ++p)
 #pragma unroll
@@ -131,6 +142,21 @@ class IntegerMatmulThread {
       if constexpr (Ring::kGrouped)
         if (ends_group(weights_.groups_of_stage(), step))
           end_group(slot, group_of_step(weights_.groups_of_stage(), step));
+    }
+  }
+
+  // A step's two products run while the next step's left operands are unpacked.
+  __device__ void multiply_by_warpgroups(uint8_t* slot) {
+#pragma unroll
+    for (uint32_t step = 0; step < kStageSteps; ++step) {
+      uint32_t (&levels)[2][4] = left_[step % 2];
+      unpack_step(slot, step, tile_.pair(), levels);
+      const uint64_t x = right_operand<kStep>(slot + Ring::kWeights + step * Tile::kRows * kStep);
+      show_registers_to_products();
+      multiply_warpgroup<0>(sums_, levels[0], x);
+      multiply_warpgroup<1>(sums_, levels[1], x);
+      commit_products();
+      wait_for_products<1>();
     }
   }
 
@@ -194,12 +220,14 @@ class IntegerMatmulThread {
   const WeightCopies<kFormat> weights_;
   Sums sums_;                                                // of a group, or of a row
   float totals_[Ring::kGrouped ? Tile::kCount : 1][4] = {};  // of groups, scaled
+  uint32_t left_[2][2][4];                                   // operands of products that may run
 };
 
 template <WeightFormat kFormat, uint32_t kXWarps, uint32_t kXTiles>
 __global__ void __launch_bounds__(kThreads, (ProductTile<kXWarps, kXTiles>::kBlocks))
     integer_matmul_kernel(const __grid_constant__ CudaIntegerMatmul call) {
-  IntegerMatmulThread<kFormat, kXWarps, kXTiles>(call, blockIdx.x, blockIdx.y, threadIdx.x).run();
+  if constexpr (kHasWarpgroups || !ProductTile<kXWarps, kXTiles>::kWarpgroups)
+    IntegerMatmulThread<kFormat, kXWarps, kXTiles>(call, blockIdx.x, blockIdx.y, threadIdx.x).run();
 }
 
 struct IntegerMatmulKernel {
@@ -217,13 +245,14 @@ IntegerMatmulKernel integer_instance() {
 }
 
 template <WeightFormat kFormat>
-IntegerMatmulKernel integer_instance_for(int64_t m) {
+IntegerMatmulKernel integer_instance_for(int64_t m, bool warpgroups) {
   if (m <= 8) return integer_instance<kFormat, 1, 1>();
   if (m <= 16) return integer_instance<kFormat, 1, 2>();
   if (m <= 32) return integer_instance<kFormat, 1, 4>();
   // sums over a group and totals leave no registers for more rows
   if constexpr (!is_4bit(kFormat))
-    if (m > 64) return integer_instance<kFormat, 2, 8>();
+    if (m > 64)
+      return warpgroups ? integer_instance<kFormat, 1, 16>() : integer_instance<kFormat, 2, 8>();
   return integer_instance<kFormat, 1, 8>();
 }
 

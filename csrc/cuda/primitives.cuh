@@ -17,7 +17,7 @@
 
 namespace llmos {
 
-extern __shared__ __align__(16) uint8_t dynamic_shared[];
+extern __shared__ __align__(512) uint8_t dynamic_shared[];
 
 __device__ inline uint8_t* shared_memory() { return dynamic_shared; }
 
@@ -78,6 +78,10 @@ __device__ inline void load_16_bytes(const void* source, T (&words)[4]) {
   static_assert(sizeof words == 16);
   const uint4 read = *static_cast<const uint4*>(source);
   memcpy(words, &read, sizeof words);
+}
+
+__device__ inline void store_4_bytes(void* target, uint32_t word) {
+  *static_cast<uint32_t*>(target) = word;
 }
 
 __device__ inline void store_8_bytes(void* target, const uint32_t (&words)[2]) {

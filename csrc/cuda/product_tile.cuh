@@ -14,6 +14,9 @@ class ProductTile {
   static constexpr uint32_t kPairs = kXWarps;                    // of panels, in a warp
   // products of 16 rows in a warp: two for a pair and 8 rows of x
   static constexpr uint32_t kCount = kPairs * kXTiles * 2;
+  // multiplied by warpgroups, which read x from shared memory: the warps' products r = 0 and 1 are
+  // two products of each warpgroup
+  static constexpr bool kWarpgroups = kXTiles == 16;
   // two blocks on an SM where their sums leave enough registers
   static constexpr uint32_t kBlocks = kXWarps * kXTiles <= 2 ? 2 : 1;
 

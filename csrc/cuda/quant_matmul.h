@@ -18,12 +18,15 @@ struct CudaQuantMatmul : QuantProduct {
   int64_t x_stride;
 };
 
-// How the current device shares the work, in *plan; readies the kernel on it. A cudaError_t.
-int plan_quant_matmul(const WeightShape& weight, int64_t m, FloatType type, QuantMatmulPlan* plan);
+// How the current device shares the work, in *plan; readies the kernel on it. warpgroups: whether
+// many rows are multiplied by Hopper's warpgroups, of which device.h says where they are. A
+// cudaError_t.
+int plan_quant_matmul(const WeightShape& weight, int64_t m, FloatType type, bool warpgroups,
+                      QuantMatmulPlan* plan);
 
 // Launches on `stream` (a cudaStream_t) of the current device, after plan_quant_matmul of the same
 // sizes there. A cudaError_t.
 int cuda_quant_matmul(const QuantProduct& product, const void* x, int64_t x_stride, FloatType type,
-                      void* stream);
+                      bool warpgroups, void* stream);
 
 }  // namespace llmos

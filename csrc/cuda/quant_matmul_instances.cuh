@@ -19,19 +19,20 @@ QuantMatmulKernel instance() {
 constexpr uint32_t kManyTiles = 64;
 
 template <WeightFormat kFormat, FloatType kType>
-QuantMatmulKernel instance_for(const WeightShape& weight, int64_t m) {
+QuantMatmulKernel instance_for(const WeightShape& weight, int64_t m, bool warpgroups) {
   if (m <= 8) return instance<kFormat, kType, 1, 1>();
   if (m <= 16) return instance<kFormat, kType, 1, 2>();
   if (m <= 32) return instance<kFormat, kType, 1, 4>();
   if (m > 64 && tiles_of_product(weight, m, 128) >= kManyTiles)
-    return instance<kFormat, kType, 2, 8>();
+    return warpgroups ? instance<kFormat, kType, 1, 16>() : instance<kFormat, kType, 2, 8>();
   return instance<kFormat, kType, 1, 8>();
 }
 
 template <WeightFormat kFormat>
-QuantMatmulKernel instance_for(const WeightShape& weight, FloatType type, int64_t m) {
-  return type == FloatType::kBf16 ? instance_for<kFormat, FloatType::kBf16>(weight, m)
-                                  : instance_for<kFormat, FloatType::kFp16>(weight, m);
+QuantMatmulKernel instance_for(const WeightShape& weight, FloatType type, int64_t m,
+                               bool warpgroups) {
+  return type == FloatType::kBf16 ? instance_for<kFormat, FloatType::kBf16>(weight, m, warpgroups)
+                                  : instance_for<kFormat, FloatType::kFp16>(weight, m, warpgroups);
 }
 
 }  // namespace llmos

@@ -2,12 +2,14 @@
 
 namespace llmos {
 
-QuantMatmulKernel int4_kernel(const WeightShape& weight, FloatType type, int64_t m) {
-  return instance_for<WeightFormat::kInt4>(weight, type, m);
+QuantMatmulKernel int4_kernel(const WeightShape& weight, FloatType type, int64_t m,
+                              bool warpgroups) {
+  return instance_for<WeightFormat::kInt4>(weight, type, m, warpgroups);
 }
 
-QuantMatmulKernel int4_asym_kernel(const WeightShape& weight, FloatType type, int64_t m) {
-  return instance_for<WeightFormat::kInt4Asym>(weight, type, m);
+QuantMatmulKernel int4_asym_kernel(const WeightShape& weight, FloatType type, int64_t m,
+                                   bool warpgroups) {
+  return instance_for<WeightFormat::kInt4Asym>(weight, type, m, warpgroups);
 }
 
 }  // namespace llmos

@@ -2,8 +2,9 @@
 
 namespace llmos {
 
-QuantMatmulKernel int8_kernel(const WeightShape& weight, FloatType type, int64_t m) {
-  return instance_for<WeightFormat::kInt8>(weight, type, m);
+QuantMatmulKernel int8_kernel(const WeightShape& weight, FloatType type, int64_t m,
+                              bool warpgroups) {
+  return instance_for<WeightFormat::kInt8>(weight, type, m, warpgroups);
 }
 
 }  // namespace llmos

@@ -18,9 +18,10 @@ struct QuantMatmulRing : WeightStage<kFormat> {
   static constexpr uint32_t kX = Tile::kRows * kStage * 2;
   static constexpr uint32_t kGroups = Stage::kWeights + kX;  // where scales begin
   static constexpr uint32_t kBytes = kGroups + Stage::kScales + Stage::kZeros;
-  static constexpr uint32_t kMostDepth = (162 << 10) / kBytes;  // an A100 has 163 KB for a block
+  // a block has 163 KB on an A100, 227 KB on an H200
+  static constexpr uint32_t kMostDepth = (Tile::kWarpgroups ? 226 << 10 : 162 << 10) / kBytes;
   static constexpr uint32_t kDepth = Stage::kDepth < kMostDepth ? Stage::kDepth : kMostDepth;
-  static_assert(kDepth >= 2, "copies run ahead");
+  static_assert(kDepth >= (Tile::kWarpgroups ? 3 : 2), "copies run ahead");
   static_assert(Tile::kBlocks * (kDepth * kBytes + 2048) <= 228 << 10, "an H200 has 228 KB");
 };
 
@@ -32,7 +33,7 @@ class QuantMatmulThread {
   using Sums = float[Tile::kCount][4];
   static_assert(SumsOfThread<Tile::kCount, float>::kSharedBytes <= Ring::kDepth * Ring::kBytes);
   // several pairs leave no registers for sums of a group beside totals
-  static constexpr bool kScalesWeights = Ring::kGrouped && Tile::kPairs > 1;
+  static constexpr bool kScalesWeights = Ring::kGrouped && (Tile::kPairs > 1 || Tile::kWarpgroups);
   static constexpr bool kHasTotals = Ring::kGrouped && !kScalesWeights;
   // steps at a time: of more, ptxas begins the next one so early that registers spill
   static constexpr uint32_t kUnrolled = kScalesWeights ? 1 : kStageSteps;
@@ -46,15 +47,25 @@ class QuantMatmulThread {
         warp_(thread / 32),
         lane_(thread % 32),
         tile_(call, tile, thread),
+        neighbours_(lane_),
         weights_(call, tile_.first_pair() + warp_, warp_, lane_, tile_.weight_policy()),
         x_(call.x + (tile_.first_row() + x_row()) * call.x_stride + x_unit() * 8) {}
 
   __device__ void run() {
     const uint32_t begin = first_stage(stages(call_.weight), split_, call_.splits);
     const uint32_t count = first_stage(stages(call_.weight), split_ + 1, call_.splits) - begin;
-    run_pipeline<Ring::kDepth>(
+    run_pipeline<Ring::kDepth, Tile::kWarpgroups>(
         count, [&](uint32_t number) { copy(begin + number, slot(number)); },
-        [&](uint32_t number) { multiply(slot(number)); });
+        [&](uint32_t number) {
+          if constexpr (Tile::kWarpgroups)
+            multiply_by_warpgroups(slot(number));
+          else
+            multiply(slot(number));
+        });
+    if constexpr (Tile::kWarpgroups) {
+      wait_for_products<0>();
+      hold(sums_);
+    }
     tile_.template finish<!Ring::kGrouped>(split_, kType, kHasTotals ? totals_ : sums_,
                                            [](int64_t) { return 1.0f; });
   }
@@ -125,6 +136,64 @@ class QuantMatmulThread {
                              {x[2 * j], x[2 * j + 1]});
   }
 
+  // Halves of a step: two products run while the next ones' left operands are unpacked.
+  __device__ void multiply_by_warpgroups(uint8_t* slot) {
+#pragma unroll 1
+    for (uint32_t step = 0; step < kStageSteps; ++step)
+#pragma unroll
+      for (uint32_t half = 0; half < 2; ++half) {
+        unpack_half(slot, step, half, left_[half]);
+        const uint8_t* x = slot + Ring::kWeights + (step * Tile::kRows * 2 + half) * kStep;
+        show_registers_to_products();
+        multiply_warpgroup<kType, 0>(sums_, left_[half][0], right_operand<2 * kStep>(x));
+        multiply_warpgroup<kType, 1>(sums_, left_[half][1], right_operand<2 * kStep>(x));
+        commit_products();
+        wait_for_products<1>();
+      }
+  }
+
+  // The left operands of two products: rows i of 2 r and 2 r + 1, by the half's two units of k.
+  __device__ void unpack_half(uint8_t* slot, uint32_t step, uint32_t half,
+                              uint32_t (&levels)[2][4]) const {
+    uint8_t* groups = slot + Ring::kGroups;
+    const uint32_t group = Ring::kGrouped ? group_of_step(weights_.groups_of_stage(), step) : 0;
+    float scales[4];
+    if constexpr (Ring::kGrouped) Ring::load_scales(groups, tile_.pair(), group, lane_, scales);
+    uint32_t zeros = 0;
+    if constexpr (Ring::kHasZeros) zeros = Ring::load_zeros(groups, tile_.pair(), group, lane_);
+#pragma unroll
+    for (uint32_t unit = 0; unit < 2; ++unit) {
+      uint32_t words[4];
+      Ring::load_unit(slot, tile_.pair(), step, 2 * half + unit, lane_, words);
+#pragma unroll
+      for (uint32_t r = 0; r < 2; ++r) {
+        uint32_t pairs[2];
+        unpack_neighbours(words[2 * r], words[2 * r + 1], zeros, 2 * r, pairs);
+#pragma unroll
+        for (uint32_t i = 0; i < 2; ++i)
+          levels[r][2 * unit + i] =
+              Ring::kGrouped ? scale_pair<kType>(pairs[i], scales[2 * r + i]) : pairs[i];
+      }
+    }
+  }
+
+  // The lane's pairs of rows `row` and row + 1.
+  __device__ void unpack_neighbours(uint32_t first, uint32_t second, uint32_t zeros, uint32_t row,
+                                    uint32_t (&pairs)[2]) const {
+    const uint32_t words[2] = {first, second};
+    if constexpr (kFormat == WeightFormat::kNf4)
+      unpack_nf4_pairs<kType>({neighbours_.nibbles(first), neighbours_.nibbles(second)}, pairs);
+    else
+#pragma unroll
+      for (uint32_t i = 0; i < 2; ++i)
+        if constexpr (kFormat == WeightFormat::kInt8)
+          pairs[i] = int8_pair<kType>(neighbours_.bytes(words[i]));
+        else
+          pairs[i] = int4_pair<kType>(
+              neighbours_.nibbles(words[i]),
+              Ring::kHasZeros ? minus_zero<kType>(zeros, row + i) : kMinusEight<kType>);
+  }
+
   __device__ void unpack_step(uint8_t* slot, uint32_t step, uint32_t pair, uint32_t group,
                               uint32_t (&levels)[4][4]) const {
     uint32_t words[loads_per_step(kFormat)][4], zeros = 0;
@@ -177,17 +246,20 @@ class QuantMatmulThread {
   const CudaQuantMatmul& call_;
   const uint32_t split_, thread_, warp_, lane_;
   const Tile tile_;
+  const NeighboursOfLane neighbours_;
   const WeightCopies<kFormat> weights_;
   const uint16_t* x_;
-  Sums sums_ = {};    // of a group, or of a row where there are no groups
-  Sums totals_ = {};  // of groups, scaled
+  Sums sums_ = {};          // of a group, or of a row where there are no groups
+  Sums totals_ = {};        // of groups, scaled
+  uint32_t left_[2][2][4];  // operands of products that may run
 };
 
 template <WeightFormat kFormat, FloatType kType, uint32_t kXWarps, uint32_t kXTiles>
 __global__ void __launch_bounds__(kThreads, (ProductTile<kXWarps, kXTiles>::kBlocks))
     quant_matmul_kernel(const __grid_constant__ CudaQuantMatmul call) {
   using Thread = QuantMatmulThread<kFormat, kType, kXWarps, kXTiles>;
-  Thread(call, blockIdx.x, blockIdx.y, threadIdx.x).run();
+  if constexpr (kHasWarpgroups || !ProductTile<kXWarps, kXTiles>::kWarpgroups)
+    Thread(call, blockIdx.x, blockIdx.y, threadIdx.x).run();
 }
 
 }  // namespace llmos

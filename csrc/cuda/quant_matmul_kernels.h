@@ -12,9 +12,12 @@ struct QuantMatmulKernel {
 };
 
 // For kBf16 and kFp16.
-QuantMatmulKernel int8_kernel(const WeightShape& weight, FloatType type, int64_t m);
-QuantMatmulKernel int4_kernel(const WeightShape& weight, FloatType type, int64_t m);
-QuantMatmulKernel int4_asym_kernel(const WeightShape& weight, FloatType type, int64_t m);
-QuantMatmulKernel nf4_kernel(const WeightShape& weight, FloatType type, int64_t m);
+QuantMatmulKernel int8_kernel(const WeightShape& weight, FloatType type, int64_t m,
+                              bool warpgroups);
+QuantMatmulKernel int4_kernel(const WeightShape& weight, FloatType type, int64_t m,
+                              bool warpgroups);
+QuantMatmulKernel int4_asym_kernel(const WeightShape& weight, FloatType type, int64_t m,
+                                   bool warpgroups);
+QuantMatmulKernel nf4_kernel(const WeightShape& weight, FloatType type, int64_t m, bool warpgroups);
 
 }  // namespace llmos

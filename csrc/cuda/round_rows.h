@@ -10,8 +10,8 @@ namespace llmos {
 
 // For each group of group_size (32, 64, 128, or k) elements of a row of x: a = max(max |x|, 1e-30),
 // integers = round_half_even(x (127 / a)), scale = a / 127, in fp32; a group with inf or NaN has
-// scale NaN. Both lie as rounded_place and rounded_scales of fragments.h say; integers are aligned
-// to 8 bytes. x: m rows, x_stride elements apart.
+// scale NaN. Both lie as rounded_place, rounded_word and rounded_scales of fragments.h say;
+// integers are aligned to 4 bytes. x: m rows, x_stride elements apart.
 struct RoundRows {
   const void* x;
   int64_t x_stride;

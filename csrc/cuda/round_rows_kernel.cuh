@@ -140,17 +140,17 @@ class RoundThread {
 
   __device__ void store(uint32_t i, const Unit& unit, float inverse) const {
     if (i >= units_) return;
-    uint32_t words[2];
+    const uint32_t step = i / (kStep / kUnit), first_word = i % (kStep / kUnit) * 2;
+    int8_t* row = call_.integers + rounded_place(call_.m, row_, step);
 #pragma unroll
     for (uint32_t j = 0; j < 2; ++j) {
       const auto integer = [&](uint32_t e) {
         return static_cast<uint32_t>(nearest_integer(value(unit, 4 * j + e) * inverse));
       };
-      words[j] = permute_bytes(permute_bytes(integer(0), integer(1), 0x0040),
-                               permute_bytes(integer(2), integer(3), 0x0040), 0x5410);
+      const uint32_t word = permute_bytes(permute_bytes(integer(0), integer(1), 0x0040),
+                                          permute_bytes(integer(2), integer(3), 0x0040), 0x5410);
+      store_4_bytes(row + rounded_word(static_cast<uint32_t>(row_), first_word + j), word);
     }
-    const uint32_t step = i / (kStep / kUnit), place = i % (kStep / kUnit) * kUnit;
-    store_8_bytes(call_.integers + rounded_place(call_.m, row_, step) + place, words);
   }
 
   const RoundRows& call_;

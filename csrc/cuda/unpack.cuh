@@ -26,36 +26,41 @@ __device__ inline uint32_t minus_zero(uint32_t zeros, int row) {
 template <FloatType kType>
 constexpr uint32_t kMinusEight = kMagic<kType> | kSigns | 0x00080008;
 
+// Of the nibbles in bits 0-3 and 16-19.
+template <FloatType kType>
+__device__ inline uint32_t int4_pair(uint32_t codes, uint32_t minus_zero) {
+  return multiply_add_pair<kType>(and_or(codes, 0x000f000f, kMagic<kType>), kOne<kType>,
+                                  minus_zero);
+}
+
 template <FloatType kType>
 __device__ inline void unpack_int4(uint32_t word, uint32_t minus_zero, uint32_t (&pairs)[4]) {
 #pragma unroll
   for (int j = 0; j < 2; ++j)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t codes = word >> nibble_shift(4 * j + h);
-      pairs[2 * j + h] = multiply_add_pair<kType>(and_or(codes, 0x000f000f, kMagic<kType>),
-                                                  kOne<kType>, minus_zero);
-    }
+    for (int h = 0; h < 2; ++h)
+      pairs[2 * j + h] = int4_pair<kType>(word >> nibble_shift(4 * j + h), minus_zero);
 }
 
-// Two words of four weights. bf16 cannot hold 8 bits beside its magic: the lower seven give
-// 128 + n, and the upper one decides whether 128 or 256 is to be taken off.
+// Of the bytes in bits 0-7 and 16-23. bf16 cannot hold 8 bits beside its magic: the lower seven
+// give 128 + n, and the upper one decides whether 128 or 256 is to be taken off.
+template <FloatType kType>
+__device__ inline uint32_t int8_pair(uint32_t codes) {
+  if constexpr (kType == FloatType::kBf16)
+    return multiply_add_pair<kType>(and_xor(codes, 0x00800080, 0x43804380), kOne<kType> | kSigns,
+                                    and_or(codes, 0x007f007f, kMagic<kType>));
+  else
+    return multiply_add_pair<kType>(and_or(codes, 0x00ff00ff, kMagic<kType>), kOne<kType>,
+                                    0xe480e480);  // -1152
+}
+
+// Two words of four weights.
 template <FloatType kType>
 __device__ inline void unpack_int8(const uint32_t (&words)[2], uint32_t (&pairs)[4]) {
 #pragma unroll
   for (int j = 0; j < 2; ++j)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t codes = words[j] >> (8 * h);
-      if constexpr (kType == FloatType::kBf16)
-        pairs[2 * j + h] =
-            multiply_add_pair<kType>(and_xor(codes, 0x00800080, 0x43804380), kOne<kType> | kSigns,
-                                     and_or(codes, 0x007f007f, kMagic<kType>));
-      else
-        pairs[2 * j + h] =
-            multiply_add_pair<kType>(and_or(codes, 0x00ff00ff, kMagic<kType>), kOne<kType>,
-                                     0xe480e480);  // -1152
-    }
+    for (int h = 0; h < 2; ++h) pairs[2 * j + h] = int8_pair<kType>(words[j] >> (8 * h));
 }
 
 // nf4_value of every code, rounded.
@@ -112,6 +117,39 @@ __device__ inline void unpack_nf4(uint32_t word, uint32_t (&pairs)[4]) {
     pairs[h] = permute_bytes(low, high, 0x6240);
     pairs[2 + h] = permute_bytes(low, high, 0x7351);
   }
+}
+
+// What a lane needs of 8 weights where x keeps its order, as a warpgroup's x does: the pair of
+// k = 2 t and 2 t + 1 (t = lane % 4), from the word that holds them.
+class NeighboursOfLane {
+ public:
+  __device__ explicit NeighboursOfLane(uint32_t lane)
+      : selector_(lane % 2 ? 0x4342 : 0x4140), shift_(lane % 4 / 2 * 4) {}
+
+  // Codes of 8 bits, in bits 0-7 and 16-23.
+  __device__ uint32_t bytes(uint32_t word) const { return permute_bytes(word, 0, selector_); }
+
+  // Codes of 4 bits, in bits 0-3 and 16-19, beside others.
+  __device__ uint32_t nibbles(uint32_t word) const { return bytes(word) >> shift_; }
+
+ private:
+  const uint32_t selector_, shift_;
+};
+
+// nf4_value of `nibbles` of two words, rounded.
+template <FloatType kType>
+__device__ inline void unpack_nf4_pairs(const uint32_t (&nibbles)[2], uint32_t (&pairs)[2]) {
+  uint32_t neighbours[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t both = nibbles[i] & 0x000f000f;
+    neighbours[i] = both | both >> 12;
+  }
+  const uint32_t codes = permute_bytes(neighbours[0], neighbours[1], 0x0040);
+  const uint32_t low = look_up(kNf4Bytes<kType>[0], codes);
+  const uint32_t high = look_up(kNf4Bytes<kType>[1], codes);
+  pairs[0] = permute_bytes(low, high, 0x5140);
+  pairs[1] = permute_bytes(low, high, 0x7362);
 }
 
 // Both of a pair times `scale`, a bf16, rounded once.

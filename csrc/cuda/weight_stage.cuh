@@ -21,9 +21,10 @@ struct WeightStage {
   // 48 KB of weights ahead, or 64 KB where a stage has 32 KB of them
   static constexpr uint32_t kDepth = kGrouped ? 4 : 3;
 
-  // The i-th 16 bytes that a lane has of pair `pair` of the tile.
+  // The i-th 16 bytes that a lane has of pair `pair` of the tile. Where a step has two of them,
+  // those of a lane lie in different banks: load_unit reads some of each.
   __device__ static uint32_t place(uint32_t pair, uint32_t i, uint32_t lane) {
-    return ((pair * kLoads + i) * 32 + lane) * 16;
+    return ((pair * kLoads + i) * 32 + (lane ^ i % loads_per_step(kFormat) * 2)) * 16;
   }
 
   // The entry of a group and panel of pair `pair`: 16 scales, and zero points where there are any.
@@ -38,6 +39,15 @@ struct WeightStage {
     for (uint32_t load = 0; load < loads_per_step(kFormat); ++load)
       load_16_bytes(weights + place(pair, step * loads_per_step(kFormat) + load, lane),
                     words[load]);
+  }
+
+  // The word with k = 2 t and 2 t + 1 (t = lane % 4) of the step's unit `unit`, 8 k, for each of
+  // the lane's four rows.
+  __device__ static void load_unit(uint8_t* weights, uint32_t pair, uint32_t step, uint32_t unit,
+                                   uint32_t lane, uint32_t (&words)[4]) {
+    constexpr uint32_t kUnitWords = loads_per_step(kFormat);
+    const uint32_t word = lane % 4 * kUnitWords / 4;
+    load_16_bytes(weights + place(pair, step * kUnitWords + word, lane / 4 * 4 + unit), words);
   }
 
   // Of a group, for a lane's four rows.

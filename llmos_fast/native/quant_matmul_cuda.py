@@ -27,6 +27,7 @@ MAX_ROWS = 256
 ACTIVATION_CODES = {"": -1, "relu": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
+_avoids_warpgroups: set[torch.device] = set()
 
 
 def is_built() -> bool:
@@ -95,6 +96,17 @@ def has_room(device: torch.device) -> bool:
     return bool(properties.shared_memory_per_multiprocessor >= 164 * 1024)
 
 
+@lru_cache
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether it multiplies many rows by Hopper's warpgroups, and the extension has such kernels."""
+    return bool(_CUDA.has_warpgroups(device.index))
+
+
+def avoid_warpgroups(device: torch.device) -> None:
+    """From now on it multiplies as the GPUs before it."""
+    _avoids_warpgroups.add(device)
+
+
 def few_rows(x: Tensor, *rest: Any) -> Tensor:
     """As ``product``, for 1 to MAX_ROWS rows where the GPU ``multiplies``."""
     return _launch("quant_matmul", x, aligned_rows(x), *rest)
@@ -129,9 +141,9 @@ def _launch(
     if out.numel() == 0:
         return out
     shape = (rows.shape[0], n, x.shape[-1], group_size, FORMAT_CODES[scheme])
-    dtype = str(x.dtype)[6:]
+    how = str(x.dtype)[6:], has_warpgroups(x.device) and x.device not in _avoids_warpgroups
     with torch.cuda.device(x.device):
-        tiles, splits, workspace_bytes = _plan(kernel, x.device.index, *shape, dtype)
+        tiles, splits, workspace_bytes = _plan(kernel, x.device.index, *shape, *how)
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device)
         counters = _zero_counters(tiles, x.device) if splits > 1 else None
         getattr(_CUDA, kernel)(
@@ -148,7 +160,7 @@ def _launch(
             *shape,
             ACTIVATION_CODES[activation],
             gated,
-            dtype,
+            *how,
             splits,
             address(workspace),
             address(counters),

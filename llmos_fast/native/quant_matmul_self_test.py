@@ -75,6 +75,20 @@ def _verdict(device: torch.device, scheme: str, dtype: torch.dtype) -> str | Non
         product = cuda.rounded_rows
     elif cuda.multiplies(device, dtype):
         product = cuda.few_rows
+    failure = _failure(product, device, scheme, dtype)
+    if failure is not None and cuda.has_warpgroups(device):
+        cuda.avoid_warpgroups(device)
+        _warn(f"{failure}; it goes on without Hopper's own instructions")
+        failure = _failure(product, device, scheme, dtype)
+    if failure is not None:
+        _warn(f"{failure}; it is not used")
+    return failure
+
+
+def _failure(
+    product: Function | None, device: torch.device, scheme: str, dtype: torch.dtype
+) -> str | None:
+    """What is wrong with the kernels, in words; None where they pass."""
     try:
         if passes(product, cuda.dequantize, device, scheme, dtype):
             return None
@@ -84,9 +98,11 @@ def _verdict(device: torch.device, scheme: str, dtype: torch.dtype) -> str | Non
     except RuntimeError as error:
         failure = str(error)
     gpu = torch.cuda.get_device_name(device)
-    reason = f"fails its self-test for {scheme} and {dtype} on the {gpu}: {failure}"
-    warnings.warn(f"llmos_fast: quant_matmul in CUDA {reason}; it is not used", stacklevel=2)
-    return reason
+    return f"fails its self-test for {scheme} and {dtype} on the {gpu}: {failure}"
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"llmos_fast: quant_matmul in CUDA {what}", stacklevel=2)
 
 
 def passes(

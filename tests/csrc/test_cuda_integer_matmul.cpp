@@ -7,10 +7,12 @@ using namespace llmos;
 
 namespace {
 
-IntegerMatmulKernel kernel_of(WeightFormat format, int64_t m) {
-  if (format == WeightFormat::kInt8) return integer_instance_for<WeightFormat::kInt8>(m);
-  if (format == WeightFormat::kInt4) return integer_instance_for<WeightFormat::kInt4>(m);
-  return integer_instance_for<WeightFormat::kInt4Asym>(m);
+IntegerMatmulKernel kernel_of(WeightFormat format, int64_t m, bool warpgroups) {
+  if (format == WeightFormat::kInt8)
+    return integer_instance_for<WeightFormat::kInt8>(m, warpgroups);
+  if (format == WeightFormat::kInt4)
+    return integer_instance_for<WeightFormat::kInt4>(m, warpgroups);
+  return integer_instance_for<WeightFormat::kInt4Asym>(m, warpgroups);
 }
 
 class Problem : public ProductProblem {
@@ -36,8 +38,8 @@ class Problem : public ProductProblem {
     });
   }
 
-  bool holds(bool late, bool backward) {
-    const IntegerMatmulKernel kernel = kernel_of(c_.format, c_.m);
+  bool holds(bool late, bool backward, bool warpgroups) {
+    const IntegerMatmulKernel kernel = kernel_of(c_.format, c_.m, warpgroups);
     const uint32_t tiles = tiles_of_product(shape_, c_.m, kernel.rows);
     const Launch launch{tiles, kernel.rows, kernel.shared_bytes};
     const auto run = [&](const QuantProduct& product) {
@@ -49,7 +51,8 @@ class Problem : public ProductProblem {
 
  private:
   int8_t* integer(int64_t row, int64_t k) {
-    uint8_t* found = integers_.data() + rounded_place(c_.m, row, k / kStep) + k % kStep;
+    uint8_t* found = integers_.data() + rounded_place(c_.m, row, k / kStep) +
+                     rounded_word(row, k % kStep / 4) + k % 4;
     return reinterpret_cast<int8_t*>(found);
   }
   float& x_scale(int64_t row, int64_t group) {
@@ -119,7 +122,11 @@ int main() {
   bool backward = false;
   for (const Case& c : cases()) {
     Problem problem(c);
-    for (const bool late : {false, true}) count(problem.holds(late, late != backward));
+    for (const bool late : {false, true}) {
+      count(problem.holds(late, late != backward, false));
+      if (c.m > 64 && c.format == WeightFormat::kInt8)
+        count(problem.holds(late, late != backward, true));
+    }
     backward = !backward;
   }
   std::printf("%d passed, %d failed\n", passed, failed);

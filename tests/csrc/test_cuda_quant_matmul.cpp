@@ -15,24 +15,32 @@ namespace {
 constexpr WeightFormat kFormats[] = {WeightFormat::kInt8, WeightFormat::kInt4,
                                      WeightFormat::kInt4Asym, WeightFormat::kNf4};
 
-// What is chosen, or the tile of 128 rows, which products as small as these do not get.
-template <WeightFormat kFormat>
-QuantMatmulKernel kernel_of(const WeightShape& weight, FloatType type, int64_t m, bool largest) {
-  if (!largest) return instance_for<kFormat>(weight, type, m);
-  return type == FloatType::kBf16 ? instance<kFormat, FloatType::kBf16, 2, 8>()
-                                  : instance<kFormat, FloatType::kFp16, 2, 8>();
+// What is chosen, or a tile of 128 rows, which products as small as these do not get.
+enum class Tile { kChosen, kLargest, kWarpgroups };
+
+template <WeightFormat kFormat, FloatType kType>
+QuantMatmulKernel kernel_of(const WeightShape& weight, int64_t m, Tile tile) {
+  if (tile == Tile::kChosen) return instance_for<kFormat, kType>(weight, m, false);
+  return tile == Tile::kLargest ? instance<kFormat, kType, 2, 8>()
+                                : instance<kFormat, kType, 1, 16>();
 }
 
-QuantMatmulKernel kernel_of(const WeightShape& weight, FloatType type, int64_t m, bool largest) {
+template <WeightFormat kFormat>
+QuantMatmulKernel kernel_of(const WeightShape& weight, FloatType type, int64_t m, Tile tile) {
+  return type == FloatType::kBf16 ? kernel_of<kFormat, FloatType::kBf16>(weight, m, tile)
+                                  : kernel_of<kFormat, FloatType::kFp16>(weight, m, tile);
+}
+
+QuantMatmulKernel kernel_of(const WeightShape& weight, FloatType type, int64_t m, Tile tile) {
   switch (weight.format) {
     case WeightFormat::kInt8:
-      return kernel_of<WeightFormat::kInt8>(weight, type, m, largest);
+      return kernel_of<WeightFormat::kInt8>(weight, type, m, tile);
     case WeightFormat::kInt4:
-      return kernel_of<WeightFormat::kInt4>(weight, type, m, largest);
+      return kernel_of<WeightFormat::kInt4>(weight, type, m, tile);
     case WeightFormat::kInt4Asym:
-      return kernel_of<WeightFormat::kInt4Asym>(weight, type, m, largest);
+      return kernel_of<WeightFormat::kInt4Asym>(weight, type, m, tile);
     default:
-      return kernel_of<WeightFormat::kNf4>(weight, type, m, largest);
+      return kernel_of<WeightFormat::kNf4>(weight, type, m, tile);
   }
 }
 
@@ -54,8 +62,8 @@ class Problem : public ProductProblem {
         [&](int64_t row, int64_t k) { return load_value(c.type, x_.data(), row * x_stride_ + k); });
   }
 
-  bool holds(bool late, bool backward, bool largest) {
-    const QuantMatmulKernel kernel = kernel_of(shape_, c_.type, c_.m, largest);
+  bool holds(bool late, bool backward, Tile tile) {
+    const QuantMatmulKernel kernel = kernel_of(shape_, c_.type, c_.m, tile);
     const uint32_t tiles = tiles_of_product(shape_, c_.m, kernel.rows);
     const Launch launch{tiles, kernel.rows, kernel.shared_bytes};
     return ProductProblem::holds(launch, {&x_}, late, backward, [&](const QuantProduct& product) {
@@ -140,6 +148,32 @@ bool unpacks_exactly() {
   return exact;
 }
 
+// Likewise where a lane takes the pair of its neighbours.
+template <FloatType kType>
+bool finds_neighbours_exactly() {
+  bool exact = true;
+  Random random;
+  for (uint32_t lane = 0; lane < 32; ++lane)
+    for (int code = 0; code < 256; ++code)
+      for (int half = 0; half < 2; ++half) {
+        const NeighboursOfLane neighbours(lane);
+        const int k = lane % 4 * 2 + half, byte = k % 4 * 8;
+        const auto word = [&](uint32_t mask, int shift) {
+          return (random.bits() << 1 & ~(mask << shift)) | (uint32_t(code) & mask) << shift;
+        };
+        const uint32_t eight = int8_pair<kType>(neighbours.bytes(word(0xff, byte)));
+        exact = exact && is_level<kType>(WeightFormat::kInt8, eight, half, code, 0);
+        const auto nibbles = [&] { return neighbours.nibbles(word(0xf, nibble_shift(k))); };
+        const uint32_t four = int4_pair<kType>(nibbles(), kMinusEight<kType>);
+        exact = exact && is_level<kType>(WeightFormat::kInt4, four, half, code & 15, 0);
+        uint32_t pairs[2];
+        unpack_nf4_pairs<kType>({nibbles(), nibbles()}, pairs);
+        for (const uint32_t pair : pairs)
+          exact = exact && is_level<kType>(WeightFormat::kNf4, pair, half, code & 15, 0);
+      }
+  return exact;
+}
+
 // Scales from 2^-30 to 2^20, of which fp16 holds a part.
 template <FloatType kType>
 bool scales_with_one_rounding() {
@@ -185,7 +219,7 @@ bool plans_fill_the_chip() {
 // Tiles of 64 rows until there are many of 128.
 bool tiles_are_many() {
   const auto rows = [](int64_t n, int64_t m) {
-    return kernel_of({n, 4096, 128, WeightFormat::kInt4}, FloatType::kBf16, m, false).rows;
+    return kernel_of({n, 4096, 128, WeightFormat::kInt4}, FloatType::kBf16, m, Tile::kChosen).rows;
   };
   return rows(28672, 64) == 64 && rows(28672, 65) == 128 && rows(8192, 128) == 64 &&
          rows(8192, 129) == 128 && rows(4096, 256) == 64;
@@ -231,6 +265,8 @@ int main() {
         count(finds_every_weight_once(format, n, k), "a weight is not found once");
   count(unpacks_exactly<FloatType::kBf16>(), "a code does not become its level in bf16");
   count(unpacks_exactly<FloatType::kFp16>(), "a code does not become its level in fp16");
+  count(finds_neighbours_exactly<FloatType::kBf16>(), "a lane does not find its pair in bf16");
+  count(finds_neighbours_exactly<FloatType::kFp16>(), "a lane does not find its pair in fp16");
   count(scales_with_one_rounding<FloatType::kBf16>(), "a scaled level is not rounded once in bf16");
   count(scales_with_one_rounding<FloatType::kFp16>(), "a scaled level is not rounded once in fp16");
   count(splits_cover_all_stages(), "splits do not cover all stages");
@@ -239,10 +275,12 @@ int main() {
   bool backward = false;
   for (const Case& c : cases()) {
     Problem problem(c);
-    for (const bool late : {false, true})
-      for (const bool largest : {false, true})
-        if (c.m > 64 ? late || largest : !largest)
-          count(problem.holds(late, late != backward, largest));
+    for (const bool late : {false, true}) {
+      if (late || c.m <= 64) count(problem.holds(late, late != backward, Tile::kChosen));
+      if (c.m <= 64) continue;
+      count(problem.holds(late, late != backward, Tile::kLargest));
+      count(problem.holds(late, late != backward, Tile::kWarpgroups));
+    }
     backward = !backward;
   }
   std::printf("%d passed, %d failed\n", passed, failed);

@@ -55,6 +55,10 @@ bool rounds(int64_t m, int64_t k, int64_t group_size, int64_t stride, int64_t sh
                        reinterpret_cast<float*>(scales.data())};
   bool holds = simt::run_grid({uint32_t(m), 1}, kRoundThreads, kRoundSharedBytes,
                               [&] { round_rows_kernel<kType>(call); });
+  const auto integer = [&](int64_t row, int64_t k) {
+    const int8_t* found = call.integers + rounded_place(m, row, k / kStep);
+    return found[rounded_word(row, k % kStep / 4) + k % 4];
+  };
   for (Guarded* memory : {&x, &integers, &scales}) holds = holds && memory->guards_hold();
   for (int64_t row = 0; row < m; ++row)
     for (int64_t group = 0; group < groups(shape); ++group) {
@@ -68,12 +72,10 @@ bool rounds(int64_t m, int64_t k, int64_t group_size, int64_t stride, int64_t sh
       if (std::isnan(amax)) continue;
       const float inverse = 127.0f / amax;
       for (int64_t i = group * group_size; i < end; ++i)
-        holds = holds && call.integers[rounded_place(m, row, i / kStep) + i % kStep] ==
-                             std::nearbyint(value(i) * inverse);
+        holds = holds && integer(row, i) == std::nearbyint(value(i) * inverse);
     }
   for (int64_t row = 0; row < m; ++row)
-    for (int64_t i = k; i < steps(shape) * kStep; ++i)
-      holds = holds && call.integers[rounded_place(m, row, i / kStep) + i % kStep] == 0;
+    for (int64_t i = k; i < steps(shape) * kStep; ++i) holds = holds && integer(row, i) == 0;
   if (!holds)
     std::printf("FAILED: type %d m %d k %d group %d stride %d shift %d\n", int(kType), int(m),
                 int(k), int(group_size), int(stride), int(shift));

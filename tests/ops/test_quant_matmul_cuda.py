@@ -76,6 +76,7 @@ def verdicts(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H9000")
     monkeypatch.setattr(cuda, "multiplies", lambda device, dtype: True)
     monkeypatch.setattr(cuda, "has_room", lambda device: True)
+    monkeypatch.setattr(cuda, "has_warpgroups", lambda device: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return self_test._verdicts
 
@@ -122,6 +123,16 @@ def test_a_failure_is_named_and_remembered(monkeypatch, verdicts, answer, senten
     assert sentence in reason
     assert self_test.refusal(GPU, "nf4", torch.float16) == reason
     assert len(asked) == 1
+
+
+def test_a_failure_of_warpgroups_leaves_the_kernels_without_them(monkeypatch, verdicts):
+    avoided = set()
+    monkeypatch.setattr(cuda, "_avoids_warpgroups", avoided)
+    monkeypatch.setattr(cuda, "has_warpgroups", lambda device: True)
+    monkeypatch.setattr(self_test, "passes", lambda *arguments: GPU in avoided)
+    with pytest.warns(UserWarning, match="not exact; it goes on without Hopper's own"):
+        assert self_test.refusal(GPU, "int8", torch.bfloat16) is None
+    assert avoided == {GPU}
 
 
 def test_no_memory_is_no_verdict(monkeypatch, verdicts):
@@ -224,10 +235,10 @@ def test_errors_name_the_kernel_and_the_shape():
     extension = pytest.importorskip("llmos_fast._CUDA", reason="the CUDA extension was not built")
     sizes = (2, 48, 256, 32, 1)  # m, n, k, group_size, int4
     with pytest.raises(RuntimeError, match=r"quant_matmul, its plan, of 2 rows and a \(48, 256\)"):
-        extension.quant_matmul_plan(0, *sizes, "bfloat16")
+        extension.quant_matmul_plan(0, *sizes, "bfloat16", False)
     pointers = (0, 256, 0, 0, 0, 0, False, 0, 0)
     with pytest.raises(RuntimeError, match=r"integer_matmul, its plan, of 2 rows and a \(48"):
-        extension.integer_matmul_plan(0, *sizes, "bfloat16")
+        extension.integer_matmul_plan(0, *sizes, "bfloat16", False)
     for kernel in ("quant_matmul", "integer_matmul"):
         with pytest.raises(RuntimeError, match=rf"kernel {kernel} of 2 rows and a \(48, 256\)"):
-            getattr(extension, kernel)(0, *pointers, *sizes, -1, False, "bfloat16", 1, 0, 0, 0)
+            getattr(extension, kernel)(0, *pointers, *sizes, -1, False, "bfloat16", False, 1, 0, 0, 0)

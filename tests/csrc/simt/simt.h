@@ -35,11 +35,20 @@ struct Copy {
   const uint8_t* from;  // null: zeros
 };
 
+// A thread's part of a warpgroup's product.
+struct Product {
+  void* sums;
+  const uint32_t* left;
+  std::function<void(const Product* const* parts)> act;  // for the parts of all 128 threads
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<uint8_t[]> stack;
   bool done;
   std::vector<std::vector<Copy>> groups;  // of copies that have not arrived; the last is open
+  bool hides_copies;  // they have arrived, but warpgroups' products may not see them yet
+  std::vector<std::vector<Product>> products;  // groups of those that may run; the last is open
 };
 
 // Threads that wait for one another, and what each has brought.
@@ -49,10 +58,10 @@ struct Meeting {
 };
 
 struct Machine {
-  bool late;      // copies arrive when they are waited for; else at once
+  bool late;      // copies arrive when they are waited for, else at once; products the other way
   bool backward;  // the last thread and the last block run first
   std::vector<Fiber> fibers;
-  Meeting block, warps[32];
+  Meeting block, warps[32], warpgroups[8];
   Guarded* shared;
   ucontext_t scheduler;
   std::function<void()> kernel;
@@ -87,6 +96,11 @@ void meet_warp(void* mine, Act act) {
   meet(machine.warps[current / 32], current % 32, mine, act);
 }
 
+template <typename Act>
+void meet_warpgroup(void* mine, Act act) {
+  meet(machine.warpgroups[current / 128], current % 128, mine, act);
+}
+
 inline void perform(const Copy& copy) {
   copy.from == nullptr ? std::memset(copy.to, 0, 16) : std::memcpy(copy.to, copy.from, 16);
 }
@@ -112,11 +126,14 @@ inline bool run_block(uint32_t threads, uint32_t shared_bytes, Index block,
     if (fiber.stack == nullptr) fiber.stack.reset(new uint8_t[kStackBytes]);
     fiber.done = false;
     fiber.groups.assign(1, {});
+    fiber.hides_copies = false;
+    fiber.products.assign(1, {});
     getcontext(&fiber.context);
     fiber.context.uc_stack = {fiber.stack.get(), 0, kStackBytes};
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
     machine.warps[i / 32] = {32};
+    machine.warpgroups[i / 128] = {128};
   }
   for (uint32_t done = 0; done < threads;) {
     done = 0;

@@ -79,6 +79,7 @@ void wait_for_copies() {
   auto& groups = simt::machine.fibers[simt::current].groups;
   while (groups.size() > kPending + 1) {  // one is open
     for (const simt::Copy& copy : groups.front()) simt::perform(copy);
+    simt::machine.fibers[simt::current].hides_copies |= !groups.front().empty();
     groups.erase(groups.begin());
   }
 }
@@ -107,6 +108,10 @@ template <typename T>
 void store_words(void* target, const T& words) {
   if (reinterpret_cast<uintptr_t>(target) % sizeof words != 0) std::abort();
   std::memcpy(target, words, sizeof words);
+}
+inline void store_4_bytes(void* target, uint32_t word) {
+  const uint32_t words[1] = {word};
+  store_words(target, words);
 }
 inline void store_8_bytes(void* target, const uint32_t (&words)[2]) { store_words(target, words); }
 template <typename T>
