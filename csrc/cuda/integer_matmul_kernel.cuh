@@ -61,16 +61,8 @@ class IntegerMatmulThread {
     const uint32_t count = first_stage(stages(call_.weight), split_ + 1, call_.splits) - begin;
     run_pipeline<Ring::kDepth, Tile::kWarpgroups>(
         count, [&](uint32_t number) { copy(begin + number, slot(number)); },
-        [&](uint32_t number) {
-          if constexpr (Tile::kWarpgroups)
-            multiply_by_warpgroups(slot(number));
-          else
-            multiply(slot(number));
-        });
-    if constexpr (Tile::kWarpgroups) {
-      wait_for_products<0>();
-      hold(sums_);
-    }
+        [&](uint32_t number) { multiply(slot(number)); });
+    if constexpr (Tile::kWarpgroups) hold(sums_);
     tile_.template finish<!Ring::kGrouped>(split_, call_.type, results(), [&](int64_t x_row) {
       return Ring::kGrouped ? 1.0f : call_.x_scales[x_row];
     });
@@ -121,6 +113,13 @@ class IntegerMatmulThread {
   // ---- products ----
 
   __device__ void multiply(uint8_t* slot) {
+    if constexpr (Tile::kWarpgroups)
+      multiply_by_warpgroups(slot);
+    else
+      multiply_by_warps(slot);
+  }
+
+  __device__ void multiply_by_warps(uint8_t* slot) {
 #pragma unroll
     for (uint32_t step = 0; step < kStageSteps; ++step) {
       uint32_t levels[Tile::kPairs][2][4];

@@ -7,7 +7,8 @@ namespace llmos {
 
 // For number = 0 .. count - 1: copy(number) begins a stage's copies, some stages ahead of
 // multiply(number), which uses them. Stage `number` lies in slot number % kDepth. Products of
-// warpgroups may still read a stage's slot during the next stage, but no longer.
+// warpgroups may still read a stage's slot during the next stage, but no longer; at the end, none
+// run.
 template <uint32_t kDepth, bool kWarpgroups, typename Copy, typename Multiply>
 __device__ inline void run_pipeline(uint32_t count, Copy copy, Multiply multiply) {
   constexpr uint32_t kAhead = kDepth - (kWarpgroups ? 2 : 1);
@@ -24,6 +25,7 @@ __device__ inline void run_pipeline(uint32_t count, Copy copy, Multiply multiply
     copy_number(number + kAhead);
     multiply(number);
   }
+  if constexpr (kWarpgroups) wait_for_products<0>();
 }
 
 }  // namespace llmos

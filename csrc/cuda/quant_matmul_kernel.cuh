@@ -56,16 +56,8 @@ class QuantMatmulThread {
     const uint32_t count = first_stage(stages(call_.weight), split_ + 1, call_.splits) - begin;
     run_pipeline<Ring::kDepth, Tile::kWarpgroups>(
         count, [&](uint32_t number) { copy(begin + number, slot(number)); },
-        [&](uint32_t number) {
-          if constexpr (Tile::kWarpgroups)
-            multiply_by_warpgroups(slot(number));
-          else
-            multiply(slot(number));
-        });
-    if constexpr (Tile::kWarpgroups) {
-      wait_for_products<0>();
-      hold(sums_);
-    }
+        [&](uint32_t number) { multiply(slot(number)); });
+    if constexpr (Tile::kWarpgroups) hold(sums_);
     tile_.template finish<!Ring::kGrouped>(split_, kType, kHasTotals ? totals_ : sums_,
                                            [](int64_t) { return 1.0f; });
   }
@@ -103,6 +95,13 @@ class QuantMatmulThread {
   // ---- products ----
 
   __device__ void multiply(uint8_t* slot) {
+    if constexpr (Tile::kWarpgroups)
+      multiply_by_warpgroups(slot);
+    else
+      multiply_by_warps(slot);
+  }
+
+  __device__ void multiply_by_warps(uint8_t* slot) {
 #pragma unroll kUnrolled
     for (uint32_t step = 0; step < kStageSteps; ++step) {
       const uint32_t group = Ring::kGrouped ? group_of_step(weights_.groups_of_stage(), step) : 0;

@@ -98,7 +98,7 @@ def has_room(device: torch.device) -> bool:
 
 @lru_cache
 def has_warpgroups(device: torch.device) -> bool:
-    """Whether it multiplies many rows by Hopper's warpgroups, and the extension has such kernels."""
+    """Whether it is a Hopper GPU and the extension has kernels for warpgroups."""
     return bool(_CUDA.has_warpgroups(device.index))
 
 

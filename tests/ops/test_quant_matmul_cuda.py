@@ -241,4 +241,6 @@ def test_errors_name_the_kernel_and_the_shape():
         extension.integer_matmul_plan(0, *sizes, "bfloat16", False)
     for kernel in ("quant_matmul", "integer_matmul"):
         with pytest.raises(RuntimeError, match=rf"kernel {kernel} of 2 rows and a \(48, 256\)"):
-            getattr(extension, kernel)(0, *pointers, *sizes, -1, False, "bfloat16", False, 1, 0, 0, 0)
+            getattr(extension, kernel)(
+                0, *pointers, *sizes, -1, False, "bfloat16", False, 1, 0, 0, 0
+            )
