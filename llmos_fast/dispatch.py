@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -67,7 +68,12 @@ def _load(op: str, name: str) -> Implementation:
     except ImportError as error:
         if name == "reference":
             raise
-        return Implementation(name, None, f"cannot be imported ({error})")
+        missing = f"cannot be imported ({error})"
+        warnings.warn(
+            f"llmos_fast: {name} kernels {missing}; calls that need them run slower, without them",
+            stacklevel=2,
+        )
+        return Implementation(name, None, missing)
 
 
 def select(op: str, impl: str, **call: Any) -> Any:

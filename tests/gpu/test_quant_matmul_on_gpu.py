@@ -101,6 +101,17 @@ def test_int8_does_not_depend_on_how_k_is_split(m):
     assert torch.equal(together, alone)
 
 
+@pytest.mark.skipif(not cuda.has_warpgroups(DEVICE), reason="needs a Hopper GPU: not run")
+def test_hopper_has_the_same_results_without_its_warpgroups(monkeypatch):
+    weight, x = weight_of(8200, 1500, "int8"), random(150, 1500, dtype=torch.bfloat16).to(DEVICE)
+    assert DEVICE not in cuda._avoids_warpgroups
+    with_them = ops.quant_matmul(x, weight, impl="native")
+    monkeypatch.setattr(cuda, "_avoids_warpgroups", {DEVICE})
+    assert torch.equal(ops.quant_matmul(x, weight, impl="native"), with_them)
+    for scheme in SCHEMES:
+        check(weight_of(8200, 1500, scheme), 150, torch.bfloat16)
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize(("m", "n"), [(5, 520), (150, 520), (150, 8200)])
 @pytest.mark.parametrize("scheme", SCHEMES[1:] + ROUNDED[1:])
