@@ -1,14 +1,11 @@
 """Which kernels gave exact results on this GPU: asked before their first use, and kept.
 
-Verdicts lie in the user's cache directory, for one GPU model, Triton, ptxas and the sources of the
-kernels.
+Verdicts are those of one GPU model, Triton, ptxas and the sources of the kernels.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -18,6 +15,8 @@ from pathlib import Path
 import torch
 import triton
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from llmos_fast import verdicts as kept
 
 from . import ptxas
 from .runtime import INTERPRETED
@@ -51,14 +50,14 @@ def _settle(device: torch.device, name: str, passes: Callable[[], bool]) -> str 
     """Note the verdict down; None, or why there is none yet."""
     if (device, name) in _verdicts:
         return None
-    kept = load(device)
-    if name not in kept:
+    verdicts = load(device)
+    if name not in verdicts:
         if torch.cuda.is_current_stream_capturing():
             return "needs a first call outside of a CUDA graph, for its self-test"
-        kept = load(device) | {name: passes()}
-        store(device, kept)
-    _verdicts[device, name] = kept[name]
-    if not kept[name]:
+        verdicts = load(device) | {name: passes()}
+        store(device, verdicts)
+    _verdicts[device, name] = verdicts[name]
+    if not verdicts[name]:
         warnings.warn(f"llmos_fast: {name} {_failure()}; it is not used", stacklevel=4)
     return None
 
@@ -81,35 +80,11 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def _path(device: torch.device) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = hashlib.sha256(json.dumps(environment(device)).encode()).hexdigest()
-    return folder / "llmos_fast" / f"self_test_{key[:16]}.json"
-
-
 def load(device: torch.device) -> dict[str, bool]:
-    """Verdicts that are kept, by name; none where the file is missing or not what was written."""
-    try:
-        content = json.loads(_path(device).read_text())
-    except (OSError, RuntimeError, ValueError):
-        # RuntimeError: no home directory
-        return {}
-    if not isinstance(content, dict) or content.get("environment") != environment(device):
-        return {}
-    verdicts = content.get("verdicts")
-    if not isinstance(verdicts, dict):
-        return {}
-    return {k: v for k, v in verdicts.items() if isinstance(v, bool)}
+    """Verdicts that are kept, by name."""
+    return kept.load(environment(device))
 
 
 def store(device: torch.device, verdicts: dict[str, bool]) -> None:
-    """Keep them, whole or not at all; where nothing can be written they are lost."""
-    content = {"environment": environment(device), "verdicts": verdicts}
-    try:
-        path = _path(device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(path)
-    except (OSError, RuntimeError):
-        return
+    """Keep them, all that there are."""
+    kept.store(environment(device), verdicts)

@@ -7,6 +7,7 @@ and more rows a dense weight.
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ _avoids_warpgroups: set[torch.device] = set()
 def is_built() -> bool:
     """Whether there is a CUDA extension."""
     return _CUDA is not None
+
+
+def extension_path() -> Path:
+    """Where it lies."""
+    return Path(_CUDA.__file__)
 
 
 def dequantize(
@@ -105,6 +111,11 @@ def has_warpgroups(device: torch.device) -> bool:
 def avoid_warpgroups(device: torch.device) -> None:
     """From now on it multiplies as the GPUs before it."""
     _avoids_warpgroups.add(device)
+
+
+def uses_all_kernels(device: torch.device) -> bool:
+    """Whether it avoids none."""
+    return device not in _avoids_warpgroups
 
 
 def few_rows(x: Tensor, *rest: Any) -> Tensor:

@@ -2,21 +2,25 @@
 
 Integers and powers of two have one right product, however it is summed: the kernels have to give
 exactly what plain torch gives in float64 from the weight's definition, for each of them, off every
-tile, with and without parts of k, again and again. A process asks once for each GPU, scheme and
-dtype.
+tile, with and without parts of k, again and again. That is asked once for each GPU, scheme and
+dtype: what passed is kept for the next process.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import threading
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from llmos_fast import verdicts as kept
 from llmos_fast.formats import FOUR_BIT
 from llmos_fast.native import quant_matmul_cuda as cuda
 from llmos_fast.quantize import (
@@ -52,19 +56,46 @@ def refusal(device: torch.device, scheme: str, dtype: torch.dtype) -> str | None
     if key not in _verdicts:
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return None
-        if torch.cuda.is_current_stream_capturing():
-            return "needs a first call outside of a CUDA graph, for its self-test"
         with _lock:
-            if key not in _verdicts:
-                try:
-                    _verdicts[key] = _verdict(device, scheme, dtype)
-                except torch.OutOfMemoryError:
-                    return "needs more free memory on the GPU for its self-test"
+            reason = _settle(key)
+        if reason is not None:
+            return reason
     return _verdicts[key]
 
 
 # what is traced above is a constant; as in kernels/self_test.py
 refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _settle(key: tuple[torch.device, str, torch.dtype]) -> str | None:
+    """Note the verdict down; None, or why there is none yet."""
+    if key in _verdicts:
+        return None
+    device, scheme, dtype = key
+    environment, name = _environment(device), f"{scheme}, {dtype}"
+    if kept.load(environment).get(name):
+        _verdicts[key] = None
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        return "needs a first call outside of a CUDA graph, for its self-test"
+    try:
+        _verdicts[key] = _verdict(device, scheme, dtype)
+    except torch.OutOfMemoryError:
+        return "needs more free memory on the GPU for its self-test"
+    if _verdicts[key] is None and cuda.uses_all_kernels(device):
+        kept.store(environment, kept.load(environment) | {name: True})
+    return None
+
+
+@lru_cache
+def _environment(device: torch.device) -> dict[str, str]:
+    """What a verdict depends on."""
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "compute capability": str(torch.cuda.get_device_capability(device)),
+        "extension": hashlib.sha256(cuda.extension_path().read_bytes()).hexdigest(),
+        "test": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+    }
 
 
 def _verdict(device: torch.device, scheme: str, dtype: torch.dtype) -> str | None:

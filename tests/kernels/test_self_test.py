@@ -2,6 +2,7 @@
 
 import json
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,7 +203,7 @@ def test_where_nothing_can_be_written_it_is_tested_in_every_process(
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     else:
         monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(verdicts.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError()))
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError()))
     for _ in range(2):
         assert launch.usable(variant(), CPU)
         assert launch.usable(variant(), CPU)

@@ -1,5 +1,6 @@
 """What of quant_matmul on CUDA needs no GPU: its self-test, its errors, how rows are aligned."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -70,15 +71,21 @@ def test_one_wrong_result_fails(small, scheme):
 
 
 @pytest.fixture
-def verdicts(monkeypatch):
+def verdicts(monkeypatch, tmp_path):
     """No verdicts, and a GPU by name."""
     monkeypatch.setattr(self_test, "_verdicts", {})
+    monkeypatch.setattr(cuda, "_avoids_warpgroups", set())
+    monkeypatch.setattr(cuda, "extension_path", lambda: Path(__file__))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    self_test._environment.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H9000")
     monkeypatch.setattr(cuda, "multiplies", lambda device, dtype: True)
     monkeypatch.setattr(cuda, "has_room", lambda device: True)
     monkeypatch.setattr(cuda, "has_warpgroups", lambda device: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return self_test._verdicts
+    yield self_test._verdicts
+    self_test._environment.cache_clear()
 
 
 def answers(monkeypatch, answer):
@@ -126,13 +133,36 @@ def test_a_failure_is_named_and_remembered(monkeypatch, verdicts, answer, senten
 
 
 def test_a_failure_of_warpgroups_leaves_the_kernels_without_them(monkeypatch, verdicts):
-    avoided = set()
-    monkeypatch.setattr(cuda, "_avoids_warpgroups", avoided)
     monkeypatch.setattr(cuda, "has_warpgroups", lambda device: True)
-    monkeypatch.setattr(self_test, "passes", lambda *arguments: GPU in avoided)
-    with pytest.warns(UserWarning, match="not exact; it goes on without Hopper's own"):
-        assert self_test.refusal(GPU, "int8", torch.bfloat16) is None
-    assert avoided == {GPU}
+    monkeypatch.setattr(self_test, "passes", lambda *arguments: GPU in cuda._avoids_warpgroups)
+    for _ in range(2):  # as two processes, of which the second one knows nothing of the first
+        with pytest.warns(UserWarning, match="not exact; it goes on without Hopper's own"):
+            assert self_test.refusal(GPU, "int8", torch.bfloat16) is None
+        assert cuda._avoids_warpgroups == {GPU}
+        cuda._avoids_warpgroups.clear()
+        verdicts.clear()
+
+
+def test_what_passed_is_kept_for_the_next_process(monkeypatch, verdicts):
+    asked = answers(monkeypatch, True)
+    assert self_test.refusal(GPU, "int8", torch.bfloat16) is None
+    verdicts.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert self_test.refusal(GPU, "int8", torch.bfloat16) is None
+    assert len(asked) == 1
+    assert "outside of a CUDA graph" in self_test.refusal(GPU, "int8", torch.float16)
+
+
+def test_what_passed_is_asked_again_of_other_code(monkeypatch, verdicts, tmp_path):
+    asked = answers(monkeypatch, True)
+    assert self_test.refusal(GPU, "int8", torch.bfloat16) is None
+    verdicts.clear()
+    self_test._environment.cache_clear()
+    other = tmp_path / "other.so"
+    other.write_bytes(b"other")
+    monkeypatch.setattr(cuda, "extension_path", lambda: other)
+    assert self_test.refusal(GPU, "int8", torch.bfloat16) is None
+    assert len(asked) == 2
 
 
 def test_no_memory_is_no_verdict(monkeypatch, verdicts):
