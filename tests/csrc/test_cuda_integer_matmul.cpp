@@ -108,6 +108,8 @@ std::vector<Case> cases() {
       add(format, type, 67, 40, 650);
       add(format, type, 150, 274, 161);
     }
+  // slots of the ring used again and again
+  all.push_back({WeightFormat::kInt8, FloatType::kBf16, 66, 40, 1160, 1160, 1});
   // exact where a float is not
   all.push_back({WeightFormat::kInt8, FloatType::kFp32, 2, 18, 6000, 6000, 3});
   return all;

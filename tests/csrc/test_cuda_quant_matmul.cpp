@@ -248,6 +248,9 @@ std::vector<Case> cases() {
       const int64_t group_size = is_4bit(format) ? 32 : 300;
       all.push_back({format, type, 140, 64, 300, group_size, 2, true, true, true, true, true});
     }
+  // slots of the ring used again and again
+  all.push_back({WeightFormat::kInt8, FloatType::kBf16, 66, 40, 1160, 1160, 1});
+  all.push_back({WeightFormat::kInt4, FloatType::kBf16, 66, 40, 1160, 128, 1});
   return all;
 }
 
