@@ -1,5 +1,5 @@
-// One function per op adds its kernels to the extension module. Everything that crosses this border
-// is a raw address, a size or a number: native/*.py owns every check.
+// One function per op adds its kernels to the extension module. What crosses this border is a
+// tensor (tensor.h), a raw address, a size or a number: native/*.py owns every check.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,6 +15,7 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+void connect_tensors();  // before any of them is read
 void bind_attention(py::module_& module);
 void bind_elementwise(py::module_& module);
 void bind_optimizer(py::module_& module);

@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("forced_cpu", &forced_cpu);
   module.def("max_threads", &omp_get_max_threads);
   module.def("threads_are_bound", [] { return omp_get_proc_bind() != omp_proc_bind_false; });
+  connect_tensors();
   bind_attention(module);
   bind_elementwise(module);
   bind_optimizer(module);

@@ -8,16 +8,7 @@ import torch
 from torch import Tensor
 
 from llmos_fast.library import register
-from llmos_fast.native.common import (
-    _C,
-    CACHE_CODES,
-    NO_STRIDES,
-    address,
-    contiguous,
-    dtype_code,
-    refusal,
-    rows_contiguous,
-)
+from llmos_fast.native.common import _C, contiguous, refusal, rows_contiguous
 
 
 def unsupported(*, query: Tensor, **_: object) -> str | None:
@@ -61,18 +52,17 @@ def _vector(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().float().contiguous()
 
 
-def _row_scale(scale: Tensor | None, cache: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
-    """(scale in fp32, its strides over page, head and row)."""
-    if scale is None:
-        return None, NO_STRIDES
-    scale = scale.detach().float()
-    return scale, (*scale.expand(cache.shape[:3]).stride(), 0)
+def _row_scale(scale: Tensor | None, cache: Tensor) -> Tensor | None:
+    """In fp32, seen as [pages heads_kv rows]."""
+    return None if scale is None else scale.detach().float().expand(cache.shape[:3])
 
 
 def _empty_out(query: Tensor, value_cache: Tensor) -> Tensor:
     """[batch heads_q seq_q head_dim_v] with heads inside rows, as the next product reads it."""
     batch, heads, seq, _ = query.shape
-    return query.new_empty(batch, seq, heads, value_cache.shape[-1]).transpose(1, 2)
+    width = value_cache.shape[3]
+    strides = (seq * heads * width, width, heads * width, 1)
+    return query.new_empty_strided((batch, heads, seq, width), strides)
 
 
 @lru_cache(maxsize=64)
@@ -95,44 +85,23 @@ def _forward_cpu(
     window_left: int,
     softcap: float,
 ) -> Tensor:
-    query, keys, values = (rows_contiguous(x) for x in (query, key_cache, value_cache))
+    keys, values = rows_contiguous(key_cache), rows_contiguous(value_cache)
     if cache_lengths is None:
         cache_lengths = _full_lengths(keys.shape[0], keys.shape[2])
-    lengths = cache_lengths.contiguous()
-    table = contiguous(block_table)
-    key_scale, key_scale_strides = _row_scale(key_scale, keys)
-    value_scale, value_scale_strides = _row_scale(value_scale, values)
-    sinks, slopes = _vector(sinks), _vector(alibi_slopes)
     out = _empty_out(query, values)
-    batch, heads_q, seq_q, head_dim = query.shape
-    pages, heads_kv, page_size, head_dim_v = values.shape
-    per_sequence = 1 if table is None else table.shape[1]
     _C.attention_decode(
-        query.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        lengths.data_ptr(),
-        lengths.dtype == torch.int64,
-        address(table),
-        table is not None and table.dtype == torch.int64,
-        address(key_scale),
-        key_scale_strides,
-        address(value_scale),
-        value_scale_strides,
-        address(slopes),
-        address(sinks),
-        out.data_ptr(),
-        query.stride(),
-        keys.stride(),
-        values.stride(),
-        out.stride(),
-        (batch, heads_q, heads_kv, seq_q, head_dim, head_dim_v),
-        (pages, page_size, per_sequence),
-        slopes.shape[1] if slopes is not None and slopes.dim() == 2 else 0,
-        window_left,
-        dtype_code(query.dtype),
-        CACHE_CODES[keys.dtype],
+        rows_contiguous(query),
+        keys,
+        values,
+        cache_lengths.contiguous(),
+        contiguous(block_table),
+        _row_scale(key_scale, keys),
+        _row_scale(value_scale, values),
+        _vector(alibi_slopes),
+        _vector(sinks),
+        out,
         scale,
+        window_left,
         softcap,
     )
     return out

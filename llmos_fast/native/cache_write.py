@@ -6,16 +6,7 @@ import torch
 from torch import Tensor
 
 from llmos_fast.library import register
-from llmos_fast.native.common import (
-    _C,
-    CACHE_CODES,
-    NO_STRIDES,
-    address,
-    contiguous,
-    dtype_code,
-    refusal,
-    rows_contiguous,
-)
+from llmos_fast.native.common import _C, contiguous, refusal, rows_contiguous
 
 
 def unsupported(
@@ -54,10 +45,6 @@ def forward(
     )
 
 
-def _strides(scale: Tensor | None) -> tuple[int, ...]:
-    return NO_STRIDES if scale is None else (*scale.stride(), 0)
-
-
 def _write_cpu(
     key: Tensor,
     value: Tensor,
@@ -68,32 +55,15 @@ def _write_cpu(
     key_scale: Tensor | None,
     value_scale: Tensor | None,
 ) -> None:
-    key, value = rows_contiguous(key), rows_contiguous(value)
-    lengths = cache_lengths.contiguous()
-    table = contiguous(block_table)
-    batch, heads, seq, head_dim = key.shape
-    pages, _, page_size, head_dim_v = value_cache.shape
     _C.cache_write(
-        key.data_ptr(),
-        value.data_ptr(),
-        key_cache.data_ptr(),
-        value_cache.data_ptr(),
-        lengths.data_ptr(),
-        lengths.dtype == torch.int64,
-        address(table),
-        table is not None and table.dtype == torch.int64,
-        address(key_scale),
-        _strides(key_scale),
-        address(value_scale),
-        _strides(value_scale),
-        key.stride(),
-        value.stride(),
-        key_cache.stride(),
-        value_cache.stride(),
-        (batch, heads, seq, head_dim, head_dim_v),
-        (pages, page_size, 1 if table is None else table.shape[1]),
-        dtype_code(key.dtype),
-        CACHE_CODES[key_cache.dtype],
+        rows_contiguous(key),
+        rows_contiguous(value),
+        key_cache,
+        value_cache,
+        cache_lengths.contiguous(),
+        contiguous(block_table),
+        key_scale,
+        value_scale,
     )
 
 

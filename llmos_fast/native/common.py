@@ -12,9 +12,7 @@ from llmos_fast.library import refusal_of_transforms
 from llmos_fast.quantize import FORMATS, SCHEMES, format_of
 
 __all__ = [
-    "CACHE_CODES",
     "FORMAT_CODES",
-    "NO_STRIDES",
     "_C",
     "address",
     "contiguous",
@@ -26,15 +24,12 @@ __all__ = [
 ]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-# CacheType of csrc/cpu/kernels.h
-CACHE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
 # WeightFormat of csrc/quant_formats.h, which has no fp8_block
 FORMAT_CODES = {
     scheme: FORMATS.index(format_of(scheme))
     for scheme in SCHEMES
     if format_of(scheme) != "fp8_block"
 }
-NO_STRIDES = (0, 0, 0, 0)
 # glibc keeps no larger piece for the next call
 _ALWAYS_FRESH = 2**25
 
