@@ -30,7 +30,7 @@ def is_plain(arguments: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
     others = set(map(type, arguments)) - _ORDINARY
-    return not any(issubclass(kind, Tensor) for kind in others)
+    return not (others and any(issubclass(kind, Tensor) for kind in others))
 
 
 def refusal_of_transforms() -> str | None:

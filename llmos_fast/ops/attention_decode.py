@@ -10,6 +10,7 @@ from llmos_fast.ops import check
 
 implementations("attention_decode", "native", "triton")
 
+INTEGERS = (torch.int32, torch.int64)
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 PAGE_MULTIPLE = 16
 
@@ -127,24 +128,28 @@ def attention_decode(
 
 
 def _check_caches(query: Tensor, key_cache: Tensor, value_cache: Tensor, *, paged: bool) -> None:
-    caches = {"key_cache": key_cache, "value_cache": value_cache}
-    # sentences are written where they are needed: nine of them would take 10 us
-    for argument, tensor in ({"query": query} | caches).items():
+    # keys and values push this code out of the CPU's caches between two calls: what valid ones do
+    # not need, such as sentences, stands where it is needed
+    device, dtype = query.device, key_cache.dtype
+    tensors = (("query", query), ("key_cache", key_cache), ("value_cache", value_cache))
+    for argument, tensor in tensors:
         if tensor.dim() != 4:
             check.require(False, _OP, argument, "have 4 dimensions", tuple(tensor.shape))
-        if tensor.device != query.device:
-            check.require(False, _OP, argument, f"be on {query.device}, as query", tensor.device)
-    if key_cache.dtype != query.dtype and key_cache.dtype not in QUANTIZED:
+        if tensor.device != device:
+            check.require(False, _OP, argument, f"be on {device}, as query", tensor.device)
+    if dtype != query.dtype and dtype not in QUANTIZED:
         rule = f"have the dtype of query, {query.dtype}, or be int8 or float8_e4m3fn"
-        check.require(False, _OP, "key_cache", rule, key_cache.dtype)
-    check.same_dtype(_OP, key_cache=key_cache, value_cache=value_cache)
+        check.require(False, _OP, "key_cache", rule, dtype)
+    if value_cache.dtype != dtype:
+        check.same_dtype(_OP, key_cache=key_cache, value_cache=value_cache)
     batch, heads_q, _, head_dim = query.shape
     pages, heads_kv, rows, _ = key_cache.shape
     sizes = (pages if paged else batch, heads_kv, rows)
-    names = "pages heads_kv page_size" if paged else "batch heads_kv capacity"
-    check.shape(_OP, "key_cache", key_cache, (*sizes, head_dim), f"{names} head_dim")
-    expected = (*sizes, value_cache.shape[3])
-    check.shape(_OP, "value_cache", value_cache, expected, f"{names} head_dim_v")
+    head_dim_v = value_cache.shape[3]
+    if key_cache.shape != (*sizes, head_dim) or value_cache.shape != (*sizes, head_dim_v):
+        names = "pages heads_kv page_size" if paged else "batch heads_kv capacity"
+        check.shape(_OP, "key_cache", key_cache, (*sizes, head_dim), f"{names} head_dim")
+        check.shape(_OP, "value_cache", value_cache, (*sizes, head_dim_v), f"{names} head_dim_v")
     if heads_q % heads_kv if heads_kv else heads_q:
         rule = "be a multiple of the cache's heads"
         check.require(False, _OP, "heads of query", rule, f"{heads_q} and {heads_kv}")
@@ -164,8 +169,8 @@ def check_pages(op: str, batch: int, key_cache: Tensor, block_table: Tensor) -> 
 
 def check_integers(op: str, argument: str, tensor: Tensor, beside: Tensor) -> None:
     """``tensor`` holds int32 or int64, on the device of ``beside``."""
-    valid = tensor.dtype in (torch.int32, torch.int64)
-    check.require(valid, op, argument, "be int32 or int64", tensor.dtype)
+    if tensor.dtype not in INTEGERS:
+        check.require(False, op, argument, "be int32 or int64", tensor.dtype)
     if tensor.device != beside.device:
         check.require(False, op, argument, f"be on {beside.device}, as query", tensor.device)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -52,10 +50,10 @@ def weight_dtype(op: str, x: Tensor, **weights: Tensor) -> None:
 
 
 def shape(
-    op: str, argument: str, tensor: Tensor | None, expected: Sequence[int], names: str
+    op: str, argument: str, tensor: Tensor | None, expected: tuple[int, ...], names: str
 ) -> None:
     """``tensor`` has exactly the ``expected`` sizes, called ``names`` in the message."""
-    if tensor is not None and tuple(tensor.shape) != tuple(expected):
+    if tensor is not None and tensor.shape != expected:
         rule = f"have shape ({names}) = {tuple(expected)}"
         require(False, op, argument, rule, tuple(tensor.shape))
 
