@@ -24,7 +24,8 @@ class Epilogue(NamedTuple):
         residual: Matrix [m n], added last.
         pre: Matrix [m n], receives the product with its bias, before the activation.
         pre_up: Matrix [m n], likewise of the product that is gated, together with ``pre``.
-        scales: Float32[n], of the product itself, before anything else.
+        scales: Float32[n], of the product itself, before anything else; n more of the product that
+            is gated, where there is one.
         row_scales: Float32[m], likewise.
     """
 
@@ -86,9 +87,14 @@ def finish(
         if scales is not None:
             c = n + tl.arange(0, BLOCK_N)
             y *= tl.load(scales + c, mask=c < n_size, other=0.0)[None, :]
+            if up is not None:
+                up *= tl.load(scales + n_size + c, mask=c < n_size, other=0.0)[None, :]
         if row_scales is not None:
             r = m + tl.arange(0, BLOCK_M)
-            y *= tl.load(row_scales + r, mask=r < m_size, other=0.0)[:, None]
+            of_rows = tl.load(row_scales + r, mask=r < m_size, other=0.0)[:, None]
+            y *= of_rows
+            if up is not None:
+                up *= of_rows
         y = add_bias(y, bias, n, n_size, BLOCK_N)
         if pre is not None:
             write_tile(y, pre_sink, pre, m, n, m_size, n_size, BLOCK_M, BLOCK_N, TMA)

@@ -24,37 +24,41 @@ def jobs(arch: int) -> Iterator[Job]:
     """Both kinds of scales: all tilings, products of a few rows, and the rounding before them."""
     if arch < 90:
         return
-    for blocks in (False, True):
-        for launch, aligned in launches("product", arch, FP8, 1):
-            yield _product_job(launch, aligned, blocks)
+    for blocks, gated in combinations((False, True), (False, True)):
+        for launch, aligned in launches("product", arch, FP8, 1 + gated):
+            yield _product_job(launch, aligned, blocks, gated)
         for rows, aligned in combinations((16, 32, 64), (True, False)):
-            yield _small_job(rows, aligned, blocks)
+            yield _small_job(rows, aligned, blocks, gated)
     for dtype, group_size in combinations((torch.bfloat16, torch.float32), (128, 1024, 4096)):
         x = meta(4096, group_size, dtype=dtype)
         name = f"round_groups {str(dtype)[6:]} {group_size}"
         yield Job(name, "round_groups", partial(round_to_fp8, x, group_size), lambda *_: {})
 
 
-def _product_job(launch: ProductLaunch, aligned: bool, blocks: bool) -> Job:
+def _product_job(launch: ProductLaunch, aligned: bool, blocks: bool, gated: bool) -> Job:
     def run() -> None:
         with forced(product=launch):
-            _multiply(SIZES[aligned][0], aligned, blocks)
+            _multiply(SIZES[aligned][0], aligned, blocks, gated)
 
     def rules(arch: int, code: Compiled) -> dict[str, bool]:
         return sums_rule(code) | launch_rules(launch, FP8, arch, code)
 
-    features = " blocks" * blocks + " unaligned" * (not aligned)
-    return Job(f"fp8_matmul {tiles(launch)}{features}", "product_tiles", run, rules)
+    name = f"fp8_matmul {tiles(launch)}{_features(aligned, blocks, gated)}"
+    return Job(name, "product_tiles", run, rules)
 
 
-def _small_job(rows: int, aligned: bool, blocks: bool) -> Job:
-    run = partial(_multiply, rows, aligned, blocks)
-    features = " blocks" * blocks + " unaligned" * (not aligned)
+def _small_job(rows: int, aligned: bool, blocks: bool, gated: bool) -> Job:
+    run = partial(_multiply, rows, aligned, blocks, gated)
 
     def rules(arch: int, code: Compiled) -> dict[str, bool]:
         return sums_rule(code) | product_rule(arch, code)
 
-    return Job(f"fp8_matmul {rows} rows{features}", "small_product_tiles", run, rules)
+    name = f"fp8_matmul {rows} rows{_features(aligned, blocks, gated)}"
+    return Job(name, "small_product_tiles", run, rules)
+
+
+def _features(aligned: bool, blocks: bool, gated: bool) -> str:
+    return " blocks" * blocks + " gated" * gated + " unaligned" * (not aligned)
 
 
 def sums_rule(code: Compiled) -> dict[str, bool]:
@@ -63,10 +67,11 @@ def sums_rule(code: Compiled) -> dict[str, bool]:
     return {f"has {code.wgmma} wgmma in {code.sums} sums": holds}
 
 
-def _multiply(rows: int, aligned: bool, blocks: bool) -> None:
-    _, k, n = SIZES[aligned]
+def _multiply(rows: int, aligned: bool, blocks: bool, gated: bool) -> None:
+    _, k, columns = SIZES[aligned]
+    n = 2 * columns if gated else columns
     x, packed = meta(rows, k, dtype=torch.bfloat16), meta(n, k, dtype=torch.uint8)
     scheme, group_size = ("fp8_block", 128) if blocks else ("fp8", k)
     scales = meta(*shapes(scheme, (n, k), group_size)["scales"], dtype=torch.float32)
-    bias, residual = meta(n, dtype=x.dtype), meta(rows, n, dtype=x.dtype)
-    fp8_matmul(x, packed, scales, bias, residual, blocks, "gelu")
+    bias, residual = meta(n, dtype=x.dtype), meta(rows, columns, dtype=x.dtype)
+    fp8_matmul(x, packed, scales, bias, residual, blocks, "gelu", gated)

@@ -170,8 +170,13 @@ def multiply(
 
 
 @triton.jit
-def dot_scaled(a, b, acc, blocks, m, n, k, m_size, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr):
-    """``acc + a @ b``, the product of a part of one block times its scales where it has any."""
+def dot_scaled(
+    a, b, acc, blocks, m, n, k, m_size, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, n_up=None
+):
+    """``acc + a @ b``, the product of a part of one block times its scales where it has any.
+
+    n_up: where the second half of the columns of ``b`` begins, if it does not follow the first.
+    """
     if blocks is None:
         acc = dot(a, b, acc, PRECISION)
     else:
@@ -179,7 +184,11 @@ def dot_scaled(a, b, acc, blocks, m, n, k, m_size, PRECISION: tl.constexpr, BLOC
         group = k // _BLOCK
         left = tl.load(blocks.left + wide(group) * m_size + r, mask=r < m_size, other=0.0)
         right = tl.load(blocks.right + n // _BLOCK * blocks.groups + group)
-        acc += dot(a, b, None, PRECISION) * (left * right)[:, None]
+        if n_up is not None:
+            up = tl.load(blocks.right + n_up // _BLOCK * blocks.groups + group)
+            in_first = tl.arange(0, b.shape[1]) < b.shape[1] // 2
+            right = tl.where(in_first, right, up)[None, :]
+        acc += dot(a, b, None, PRECISION) * (left[:, None] * right)
     return acc
 
 

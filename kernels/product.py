@@ -15,6 +15,7 @@ from .epilogue import Epilogue, finish
 from .matrix import (
     BlockScales,
     all_fit_tma,
+    halves,
     load_tile,
     matrix,
     multiply,
@@ -22,6 +23,7 @@ from .matrix import (
     open_right,
     tile_corner,
 )
+from .pair import multiply_pair, open_pair
 from .product_launch import choose_product
 from .runtime import dot, launch, product_precision, programs
 from .small_product import MAX_ROWS, small_product
@@ -35,11 +37,17 @@ def product_tiles(
     blocks, m_size, n_size, k_size,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PART: tl.constexpr, TMA: tl.constexpr,
+    PART: tl.constexpr, TMA: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """``out`` [m n] from left [m k] and right [n k]; with ``right_up``, gated by their product."""
+    """``out`` [m n] from left [m k] and right [n k]; with ``right_up``, gated by their product.
+
+    PAIR: ``right`` [2 n k] holds both.
+    """
     left_source = open_matrix(left, m_size, k_size, BLOCK_M, BLOCK_K, TMA)
-    right_source = open_right(right, n_size, k_size, BLOCK_N, BLOCK_K, _N_FIRST, TMA)
+    if PAIR:
+        right_source = open_pair(right, n_size, k_size, BLOCK_N, BLOCK_K, TMA)
+    else:
+        right_source = open_right(right, n_size, k_size, BLOCK_N, BLOCK_K, _N_FIRST, TMA)
     if right_up is not None:
         up_source = open_right(right_up, n_size, k_size, BLOCK_N, BLOCK_K, _N_FIRST, TMA)
     sink = open_matrix(out, m_size, n_size, BLOCK_M, PART, TMA)
@@ -53,15 +61,17 @@ def product_tiles(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile_corner(tile, m_size, n_size, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if right_up is None:
+        acc_up = None
+        if PAIR:
+            both = multiply_pair(
+                left_source, left, right_source, right, m, n, m_size, n_size, 0, k_size, k_size,
+                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA, blocks,
+            )  # fmt: skip
+            acc, acc_up = halves(both)
+        elif right_up is None:
             acc = multiply(
                 acc, left_source, left, right_source, right, m, n, m_size, n_size, k_size,
                 BLOCK_M, BLOCK_N, BLOCK_K, _N_FIRST, PRECISION, TMA, blocks,
-            )  # fmt: skip
-            finish(
-                acc, None, out, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
-                sink, pre_sink, up_sink, m, n, m_size, n_size,
-                ACTIVATION, BLOCK_M, BLOCK_N, PART, TMA,
             )  # fmt: skip
         else:
             acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -69,11 +79,11 @@ def product_tiles(
                 acc, acc_up, left_source, left, right_source, right, up_source, right_up,
                 m, n, m_size, n_size, k_size, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA,
             )  # fmt: skip
-            finish(
-                acc, acc_up, out, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
-                sink, pre_sink, up_sink, m, n, m_size, n_size,
-                ACTIVATION, BLOCK_M, BLOCK_N, PART, TMA,
-            )  # fmt: skip
+        finish(
+            acc, acc_up, out, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
+            sink, pre_sink, up_sink, m, n, m_size, n_size,
+            ACTIVATION, BLOCK_M, BLOCK_N, PART, TMA,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -110,16 +120,22 @@ def product(
     *,
     activation: str = "",
     right_up: Tensor | None = None,
+    pair: bool = False,
     blocks: BlockScales | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Float[m n] = epilogue(left [m k] right [n k]^T), any strides; in ``dtype``, or left's."""
+    """Float[m n] = epilogue(left [m k] right [n k]^T), any strides; in ``dtype``, or left's.
+
+    right_up: of right's shape; its product is gated by the other one, which is activated.
+    pair: right is [2 n k] and holds both, the gate first.
+    """
     if 0 < left.shape[0] <= MAX_ROWS:
-        return small_product(left, right, epilogue, activation, right_up, blocks, dtype)
-    (m_size, k_size), n_size = left.shape, right.shape[0]
+        return small_product(left, right, epilogue, activation, right_up, pair, blocks, dtype)
+    (m_size, k_size), n_size = left.shape, right.shape[0] // (1 + pair)
     out = left.new_empty(m_size, n_size, dtype=dtype)
     weights = [right] if right_up is None else [right, right_up]
-    config = choose_product("product", left, n_size, len(weights), all_fit_tma(out, left, *weights))
+    aligned = all_fit_tma(out, left, *weights)
+    config = choose_product("product", left, n_size, len(weights) + pair, aligned)
     launch(
         product_tiles,
         (programs(left.device, config.tiles(m_size, n_size)),),
@@ -135,6 +151,7 @@ def product(
         k_size=k_size,
         ACTIVATION=activation,
         PRECISION=product_precision(left.dtype),
+        PAIR=pair,
         **config.options(),
     )
     return out

@@ -72,7 +72,10 @@ TABLE: dict[str, dict[int, dict[int, dict[int, Launches]]]] = {
     "product": {
         90: {
             # fp8: 128 of K have a sum of their own, which takes as many registers as that of a tile
-            1: {1: _hopper((128, 128, 128, 8, 4, 64), (64, 128, 128, 4, 4, 64))},
+            1: {
+                1: _hopper((128, 128, 128, 8, 4, 64), (64, 128, 128, 4, 4, 64)),
+                2: _hopper((128, 64, 128, 8, 4, 64), (64, 64, 128, 4, 4, 64)),
+            },
             2: {
                 1: _hopper(
                     (128, 256, 64, 8, 3, 64), (128, 128, 64, 8, 4, 64), (64, 128, 64, 4, 4, 64)

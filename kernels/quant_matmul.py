@@ -1,8 +1,8 @@
 """quant_matmul on the GPU: weights in panels by quant_matmul_panels.py, fp8 weights here.
 
 "fp8" and "fp8_block" multiply in fp8 (fp8_matmul.py). "fp8_a16" is widened in registers; its scales
-belong to whole rows of the weight, so they multiply columns of the fp32 result, in the epilogue.
-fp8 is for inference only.
+belong to whole rows of the weight, so they multiply columns of the fp32 result, in the epilogue; a
+gated pair is one product, and torch gates it. fp8 is for inference only.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from llmos_fast.formats import FP8_BLOCK
 from llmos_fast.library import register
-from llmos_fast.quantize import FP8, QuantizedWeight, format_of
-from llmos_fast.reference import quant_matmul as definition
+from llmos_fast.quant_operator import by_definition
+from llmos_fast.quantize import FP8, QuantizedWeight, format_of, rows_in_turn
+from llmos_fast.reference.quant_matmul import finish
 
 from . import fp8_self_test
 from . import quant_matmul_panels as in_panels
@@ -47,7 +48,7 @@ def unsupported(
         return f"needs compute capability 9.0 or more for fp8, got {capability}"
     if qweight.scheme == "fp8_a16":
         return None
-    return fp8_self_test.refusal(x.device, qweight.scheme == "fp8_block", x.dtype)
+    return fp8_self_test.refusal(x.device, qweight.scheme == "fp8_block", x.dtype, gated)
 
 
 def forward(
@@ -62,14 +63,20 @@ def forward(
     """See llmos_fast.ops.quant_matmul."""
     if format_of(qweight.scheme) not in FP8:
         return in_panels.forward(x, qweight, bias, activation or "", gated, residual)
-    rest = (bias, None if residual is None else flat(residual))
+    n, rows = qweight.shape[0], flat(x)
+    plane = None if residual is None else flat(residual)
     if qweight.scheme == "fp8_a16":
-        scales = qweight.scales.view(-1)
-        out = _fp8_product(flat(x), qweight.packed, scales, *rest, activation or "")
+        parts = (qweight.packed, qweight.scales.view(-1), bias)
+        if gated:
+            y = _fp8_product(rows, *parts, None, "")
+            out = finish(y, activation, gated, plane, rows_in_turn(qweight.scheme, n // 2))
+        else:
+            out = _fp8_product(rows, *parts, plane, activation or "")
     else:
-        blocks = qweight.scheme == "fp8_block"
-        out = _fp8_matmul(flat(x), qweight.packed, qweight.scales, *rest, blocks, activation or "")
-    return out.view(*x.shape[:-1], qweight.shape[0])  # type: ignore[no-any-return]
+        parts = (qweight.packed, qweight.scales, bias)
+        how = (qweight.scheme == "fp8_block", activation or "", gated)
+        out = _fp8_matmul(rows, *parts, plane, *how)
+    return out.view(*x.shape[:-1], n // 2 if gated else n)
 
 
 def fp8_product(
@@ -95,20 +102,24 @@ def _tested_matmul(
     residual: Tensor | None,
     blocks: bool,
     activation: str,
+    gated: bool,
 ) -> Tensor:
     # unsupported() has asked, but not where torch.compile traced it with fake tensors
-    if fp8_self_test.refusal(x.device, blocks, x.dtype) is None:
-        return fp8_matmul(x, packed, scales, bias, residual, blocks, activation)
+    if fp8_self_test.refusal(x.device, blocks, x.dtype, gated) is None:
+        return fp8_matmul(x, packed, scales, bias, residual, blocks, activation, gated)
     n, k = packed.shape
     scheme, group_size = ("fp8_block", FP8_BLOCK) if blocks else ("fp8", k)
-    weight = QuantizedWeight(packed, scales, None, scheme, group_size, (n, k))
-    return definition.quant_matmul(
-        x, weight, bias, activation=activation or None, residual=residual
-    )
+    rest = (scheme, group_size, n, activation, gated)
+    return by_definition(x, packed, scales, None, bias, residual, *rest)
 
 
 def _fake(x: Tensor, packed: Tensor, *rest: object) -> Tensor:
     return x.new_empty(x.shape[0], packed.shape[0])
+
+
+def _matmul_fake(x: Tensor, packed: Tensor, *rest: object) -> Tensor:
+    *_, gated = rest
+    return x.new_empty(x.shape[0], packed.shape[0] // 2 if gated else packed.shape[0])
 
 
 _fp8_product = register(
@@ -120,8 +131,8 @@ _fp8_product = register(
 )
 _fp8_matmul = register(
     "fp8_matmul_triton(Tensor x, Tensor packed, Tensor scales, Tensor? bias, Tensor? residual, "
-    "bool blocks, str activation) -> Tensor",
+    "bool blocks, str activation, bool gated) -> Tensor",
     _tested_matmul,
-    _fake,
+    _matmul_fake,
     DEVICES,
 )

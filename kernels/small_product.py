@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .epilogue import Epilogue, finish
 from .launch import unless_forced
-from .matrix import BlockScales, all_fit_tma, dot_scaled, load_tile, matrix
+from .matrix import BlockScales, all_fit_tma, dot_scaled, halves, load_tile, matrix
+from .pair import multiply_pair
 from .runtime import architecture, dot, launch, multiprocessors, product_precision, zero_counters
 
 # rows up to which a weight is read faster than multiplied, and tiles are few
@@ -54,18 +55,27 @@ def small_product_tiles(
     out, left, right, right_up, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
     blocks, partials, m_size, n_size, k_size, blocks_each,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """``out`` [m n] from left [m k] and right [n k]; with ``right_up``, gated by their product."""
+    """``out`` [m n] from left [m k] and right [n k]; with ``right_up``, gated by their product.
+
+    PAIR: ``right`` [2 n k] holds both.
+    """
     n = tl.program_id(0) * BLOCK_N
     m = tl.program_id(1) * BLOCK_M
     part = tl.program_id(2)
     parts = tl.num_programs(2)
     first = part * blocks_each * BLOCK_K
     last = tl.minimum(first + blocks_each * BLOCK_K, k_size)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    COLUMNS: tl.constexpr = 2 * BLOCK_N if PAIR else BLOCK_N
+    acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
     acc_up = None
-    if right_up is None:
+    if PAIR:
+        acc = multiply_pair(
+            left.ptr, left, right.ptr, right, m, n, m_size, n_size, first, last, k_size,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False, blocks,
+        )  # fmt: skip
+    elif right_up is None:
         for k in tl.range(first, last, BLOCK_K):
             a = load_tile(left.ptr, left, m, k, m_size, k_size, BLOCK_M, BLOCK_K, False)
             b = load_tile(right.ptr, right, n, k, n_size, k_size, BLOCK_N, BLOCK_K, False)
@@ -84,7 +94,7 @@ def small_product_tiles(
     if partials is not None:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         first_part = tile.to(tl.int64) * parts
-        leave(partials.acc, first_part + part, acc, BLOCK_M, BLOCK_N)
+        leave(partials.acc, first_part + part, acc, BLOCK_M, COLUMNS)
         if right_up is not None:
             leave(partials.acc_up, first_part + part, acc_up, BLOCK_M, BLOCK_N)
         # the counter stands for what all threads of the block have written
@@ -92,12 +102,16 @@ def small_product_tiles(
         arrived = tl.atomic_add(partials.counters + tile, 1, sem="acq_rel")
         if arrived == parts - 1:
             tl.store(partials.counters + tile, 0)
-            acc = join(partials.acc, first_part, parts, BLOCK_M, BLOCK_N)
+            acc = join(partials.acc, first_part, parts, BLOCK_M, COLUMNS)
             if right_up is not None:
                 acc_up = join(partials.acc_up, first_part, parts, BLOCK_M, BLOCK_N)
     if arrived == parts - 1:
+        y = acc
+        y_up = acc_up
+        if PAIR:
+            y, y_up = halves(acc)
         finish(
-            acc, acc_up, out, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
+            y, y_up, out, bias, bias_up, dropout, residual, pre, pre_up, scales, row_scales,
             out.ptr, out.ptr, out.ptr, m, n, m_size, n_size,
             ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_N, False,
         )  # fmt: skip
@@ -167,20 +181,22 @@ def small_product(
     epilogue: Epilogue,
     activation: str,
     right_up: Tensor | None,
+    pair: bool = False,
     blocks: BlockScales | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Float[m n] = epilogue(left [m k] right [n k]^T) for up to MAX_ROWS rows."""
-    (m_size, k_size), n_size = left.shape, right.shape[0]
+    """``product`` for up to MAX_ROWS rows."""
+    (m_size, k_size), n_size = left.shape, right.shape[0] // (1 + pair)
     out = left.new_empty(m_size, n_size, dtype=dtype)
     weights = [right] if right_up is None else [right, right_up]
     aligned = all_fit_tma(left, *weights)
-    config = unless_forced("small_product", choose_small(left, right_up is not None, aligned))
+    gated = pair or right_up is not None
+    config = unless_forced("small_product", choose_small(left, gated, aligned))
     n_tiles, m_tiles = triton.cdiv(n_size, config.BLOCK_N), triton.cdiv(m_size, config.BLOCK_M)
     tiles = n_tiles * m_tiles
     k_blocks = triton.cdiv(k_size, config.BLOCK_K)
     blocks_each, parts = split(k_blocks, tiles, left.device)
-    shape = (tiles, parts, config.BLOCK_M, config.BLOCK_N)
+    shape = (tiles, parts, config.BLOCK_M, config.BLOCK_N * (1 + pair))
     partials = room_for_parts(shape, torch.float32, right_up is not None, left.device)
     launch(
         small_product_tiles,
@@ -199,6 +215,7 @@ def small_product(
         blocks_each=blocks_each,
         ACTIVATION=activation,
         PRECISION=product_precision(left.dtype),
+        PAIR=pair,
         **asdict(config),
     )
     return out

@@ -300,41 +300,58 @@ def from_codes(
     return QuantizedWeight(codes.contiguous(), scales, zero_points, scheme, group, (n, k))
 
 
+def pair_multiple(scheme: str) -> int:
+    """What the rows of two weights must be a multiple of to be interleaved."""
+    name = format_of(scheme)
+    return group_rows(name) if name in FP8 else PANEL
+
+
+def rows_in_turn(scheme: str, n: int) -> int:
+    """Rows of ``gate`` before as many of ``up``, where they have ``n`` each."""
+    return n if format_of(scheme) in FP8 else PANEL
+
+
 def can_interleave(gate: QuantizedWeight, up: QuantizedWeight) -> bool:
     """Whether ``interleave`` takes the two."""
     same = (up.shape, up.scheme, up.group_size) == (gate.shape, gate.scheme, gate.group_size)
-    return same and gate.shape[0] % PANEL == 0 and format_of(gate.scheme) not in FP8
+    return same and gate.shape[0] % pair_multiple(gate.scheme) == 0
 
 
 def interleave(gate: QuantizedWeight, up: QuantizedWeight) -> QuantizedWeight:
-    """One weight whose panels are those of ``gate`` and ``up`` in turn, for a gated product.
+    """One weight for a gated product: panels of ``gate`` and ``up`` in turn.
 
-    Both (N, K) of one scheme and group size, N a multiple of 16, not fp8; the result is (2 N, K).
+    fp8 lies in rows: all of ``gate``, then all of ``up``. Both (N, K) of one scheme and group size;
+    N is a multiple of 16, of 128 for fp8_block, any for fp8. The result is (2 N, K).
     """
     if not can_interleave(gate, up):
         raise ValueError(
-            f"interleave: gate and up must lie in panels and be alike, with a multiple of {PANEL} "
-            f"rows, got {gate.scheme} {gate.shape} in groups of {gate.group_size} and "
-            f"{up.scheme} {up.shape} in groups of {up.group_size}"
+            "interleave: gate and up must be alike, with a multiple of "
+            f"{pair_multiple(gate.scheme)} rows, got {gate.scheme} {gate.shape} in groups of "
+            f"{gate.group_size} and {up.scheme} {up.shape} in groups of {up.group_size}"
         )
     n, k = gate.shape
+    turns = n // rows_in_turn(gate.scheme, n)
     pairs = zip(gate.tensors().values(), up.tensors().values(), strict=True)
-    return _with_parts(gate, (_in_turn(*pair) for pair in pairs), (2 * n, k))
+    return _with_parts(gate, (_in_turn(*pair, turns) for pair in pairs), (2 * n, k))
 
 
-def _in_turn(first: Tensor, second: Tensor) -> Tensor:
+def _in_turn(first: Tensor, second: Tensor, turns: int) -> Tensor:
     """Rows of both in turn; not torch.stack, which imports torch's compiler for "meta" tensors."""
     rows = first.new_empty((2 * first.shape[0], *first.shape[1:]))
-    rows[0::2], rows[1::2] = first, second
+    both = rows.unflatten(0, (turns, 2, -1))
+    both[:, 0], both[:, 1] = (part.unflatten(0, (turns, -1)) for part in (first, second))
     return rows
 
 
 def separate(pair: QuantizedWeight) -> tuple[QuantizedWeight, QuantizedWeight]:
     """(gate, up) of what ``interleave`` made."""
-    n, k = pair.shape
-    panels = [part.unflatten(0, (-1, 2)).unbind(1) for part in pair.tensors().values()]
-    gate, up = ([part.contiguous() for part in parts] for parts in zip(*panels, strict=True))
-    return _with_parts(pair, gate, (n // 2, k)), _with_parts(pair, up, (n // 2, k))
+    n, k = pair.shape[0] // 2, pair.shape[1]
+    turns = n // rows_in_turn(pair.scheme, n)
+    parts = [part.unflatten(0, (turns, 2, -1)).unbind(1) for part in pair.tensors().values()]
+    gate, up = (
+        [half.flatten(0, 1).contiguous() for half in one] for one in zip(*parts, strict=True)
+    )
+    return _with_parts(pair, gate, (n, k)), _with_parts(pair, up, (n, k))
 
 
 def _with_parts(

@@ -1,6 +1,7 @@
 """The weight formats: layout, round trips, rounding, refusals."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -239,13 +240,23 @@ def test_four_bit_formats_take_half_a_byte():
     assert all(quantize(weight, name).packed.nbytes == 32 * 128 for name in FOUR_BIT)
 
 
-@pytest.mark.parametrize("shape", [(16, 1), (32, 40), (48, 253)])
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if not s.startswith("fp8")])
+IN_ROWS = [s for s in SCHEMES if s.startswith("fp8")]
+IN_PANELS = [s for s in SCHEMES if s not in IN_ROWS]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape"),
+    [
+        *itertools.product(IN_PANELS, [(16, 1), (32, 40), (48, 253)]),
+        *itertools.product(IN_ROWS, [(128, 1), (256, 130)]),
+        ("fp8", (17, 40)),
+    ],
+)
 def test_separate_undoes_interleave(scheme, shape):
     gate, up = (quantize(torch.randn(shape), scheme, 32) for _ in range(2))
     pair = interleave(gate, up)
     assert pair.shape == (2 * shape[0], shape[1])
-    rows = pair.dequantize().unflatten(0, (-1, 2, 16))
+    rows = pair.dequantize().unflatten(0, (-1, 2, shape[0] if scheme in IN_ROWS else 16))
     assert torch.equal(rows[:, 0].flatten(0, 1), gate.dequantize())
     assert torch.equal(rows[:, 1].flatten(0, 1), up.dequantize())
     for one, again in zip((gate, up), separate(pair), strict=True):
@@ -263,8 +274,8 @@ def test_separate_undoes_interleave(scheme, shape):
         (((32, 64), "int4", 32), ((32, 32), "int4", 32)),
         (((32, 64), "int4", 32), ((32, 64), "int4", 64)),
         (((32, 64), "int4", 32), ((32, 64), "nf4", 32)),
-        (((32, 64), "fp8", 32), ((32, 64), "fp8", 32)),
-        (((32, 64), "fp8_block", 32), ((32, 64), "fp8_block", 32)),
+        (((32, 64), "fp8", 32), ((32, 64), "fp8_a16", 32)),
+        (((192, 64), "fp8_block", 32), ((192, 64), "fp8_block", 32)),
     ],
 )
 def test_interleave_refuses_what_does_not_fit(gate, up):
@@ -275,7 +286,7 @@ def test_interleave_refuses_what_does_not_fit(gate, up):
 
 
 @pytest.mark.parametrize("inner", [40, 48])
-@pytest.mark.parametrize("scheme", ["int8", "int4_asym", "nf4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4_asym", "nf4", "fp8"])
 def test_dequantize_restores_gate_and_up(scheme, inner):
     sizes = {"vocabulary": 9, "width": 32, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 16}
     config = ModelConfig(
@@ -289,7 +300,7 @@ def test_dequantize_restores_gate_and_up(scheme, inner):
     }
     names = {name for name, _ in model.named_modules()}
     quantize_(model, scheme, 32)
-    assert hasattr(model[0], "gate_up") == (inner % 16 == 0)
+    assert hasattr(model[0], "gate_up") == (inner % 16 == 0 or scheme == "fp8")
     dequantize_(model)
     assert {name for name, _ in model.named_modules()} == names
     state = model.state_dict()

@@ -13,8 +13,8 @@ from llmos_fast.quantize import can_interleave, interleave, separate
 class FeedForward(nn.Module):
     """linear2(activation(linear1(x))), times linear_up(x) where gated; as ``nn.feed_forward``.
 
-    Quantized, linear1 and linear_up are one weight with the panels of both in turn, ``gate_up``,
-    so that gate and product stay in registers; where their shapes or schemes allow it.
+    Quantized, linear1 and linear_up are one weight from ``interleave``, ``gate_up``, so that gate
+    and product stay in registers; where their shapes or schemes allow it.
     """
 
     def __init__(self, config: ModelConfig):

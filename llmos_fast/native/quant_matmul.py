@@ -11,7 +11,14 @@ from llmos_fast.native import quant_matmul_cuda as cuda
 from llmos_fast.native import quant_matmul_self_test as self_test
 from llmos_fast.native.common import FORMAT_CODES, address, contiguous, dtype_code
 from llmos_fast.quant_operator import by_definition, dequantize_operator, product_operator
-from llmos_fast.quantize import FP8, SCHEMES, QuantizedWeight, format_of, rounds_activations
+from llmos_fast.quantize import (
+    FP8,
+    SCHEMES,
+    QuantizedWeight,
+    format_of,
+    rounds_activations,
+    rows_in_turn,
+)
 from llmos_fast.reference.quant_matmul import finish
 
 # 127 * 128 * 131072 is the largest sum of products that int32 holds
@@ -172,10 +179,14 @@ def forward(
     fused = not torch.is_grad_enabled() or not any(
         t is not None and t.requires_grad for t in (x, bias, residual)
     )
+    # kernels gate panels, of which fp8 has none
+    fused = fused and not (gated and format_of(w.scheme) in FP8)
     y: Tensor
     if fused:
         run = _on_cpu if x.is_cpu and is_plain((x, w.packed)) else _operator
         y = run(*inputs, residual, *rest, activation or "", gated)
     else:
-        y = finish(_operator(*inputs, None, *rest, "", False), activation, gated, residual)
+        y = _operator(*inputs, None, *rest, "", False)
+        turn = rows_in_turn(w.scheme, w.shape[0] // 2)
+        y = finish(y, activation, gated, residual, turn)
     return y.half() if narrow else y

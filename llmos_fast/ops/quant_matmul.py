@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmos_fast import dispatch
-from llmos_fast.quantize import FP8, PANEL, QuantizedWeight, format_of
+from llmos_fast.quantize import QuantizedWeight, pair_multiple
 
 ACTIVATIONS = (None, "relu", "relu2", "gelu", "gelu_tanh", "silu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,8 +30,8 @@ def quant_matmul(
     qweight: QuantizedWeight of shape (out_features, in_features), on x's device
     bias: Float[out_features], x's dtype or fp32
     activation: None, "relu", "relu2" (squared), "gelu", "gelu_tanh" or "silu"
-    gated: qweight is ``interleave(gate, up)``, bias ``interleave`` of theirs, and the result
-        activation(x gate^T + bias_gate) * (x up^T + bias_up), out_features / 2 wide (SwiGLU)
+    gated: qweight is ``interleave(gate, up)``, bias lies in the order of its rows, and the result
+        is activation(x gate^T + bias_gate) * (x up^T + bias_up), out_features / 2 wide (SwiGLU)
     residual: as the result, added to it
     returns: Float[... out_features] in x's dtype; sums are fp32 (fp64 for fp64), rounded once
 
@@ -65,7 +65,7 @@ def quant_matmul(
     if activation not in ACTIVATIONS:
         known = ", ".join(str(name) for name in ACTIVATIONS)
         raise _error("activation", f"must be one of {known}", repr(activation))
-    if gated and (n % (2 * PANEL) or format_of(qweight.scheme) in FP8):
+    if gated and n % (2 * pair_multiple(qweight.scheme)):
         raise _error("qweight", "must be interleave(gate, up) for gated=True", f"{qweight.shape}")
     if residual is not None:
         _check_tensor("residual", residual, (*x.shape[:-1], n // 2 if gated else n), x)

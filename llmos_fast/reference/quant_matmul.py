@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmos_fast.formats import FP8, FP8_MAX
-from llmos_fast.quantize import PANEL, QuantizedWeight, rounds_activations
+from llmos_fast.quantize import PANEL, QuantizedWeight, rounds_activations, rows_in_turn
 from llmos_fast.reference.precision import upcast
 
 
@@ -56,13 +56,20 @@ def quant_matmul(
     y = F.linear(wide, qweight.dequantize(wide.dtype))
     if bias is not None:
         y = y + bias.to(y.dtype)
-    return finish(y, activation, gated, residual).to(x.dtype)
+    turn = rows_in_turn(qweight.scheme, qweight.shape[0] // 2)
+    return finish(y, activation, gated, residual, turn).to(x.dtype)
 
 
-def finish(y: Tensor, activation: str | None, gated: bool, residual: Tensor | None) -> Tensor:
-    """What follows the product and its bias."""
+def finish(
+    y: Tensor,
+    activation: str | None,
+    gated: bool,
+    residual: Tensor | None,
+    turn: int = PANEL,
+) -> Tensor:
+    """What follows the product and its bias; where gated, ``turn`` columns of each in turn."""
     if gated:
-        gate, up = y.unflatten(-1, (-1, 2, PANEL)).unbind(-2)
+        gate, up = y.unflatten(-1, (-1, 2, turn)).unbind(-2)
         y = (apply_activation(gate, activation) * up).flatten(-2)
     else:
         y = apply_activation(y, activation)

@@ -20,8 +20,8 @@ from llmos_fast.kernels.small_product import SmallLaunch
 
 from llmos_fast import ops, reference
 from llmos_fast.ops.quant_matmul import ACTIVATIONS
-from llmos_fast.quantize import from_codes, quantize
-from llmos_fast.reference.quant_matmul import round_activations
+from llmos_fast.quantize import from_codes, interleave, pair_multiple, quantize
+from llmos_fast.reference.quant_matmul import finish, round_activations
 from llmos_fast.testing import assert_within_budget, random
 
 CPU = torch.device("cpu")
@@ -29,21 +29,21 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCHEMES = ["fp8", "fp8_block"]
 
 
-def check(x, weight, bias=None, residual=None, activation=None):
+def check(x, weight, bias=None, residual=None, activation=None, gated=False):
     assert_within_budget(
         partial(ops.quant_matmul, qweight=weight),
         partial(reference.quant_matmul, qweight=weight),
         {"x": x, "bias": bias, "residual": residual},
-        {"activation": activation},
+        {"activation": activation, "gated": gated},
         impl="triton",
         reduction=x.shape[-1],
     )
 
 
-def uneven(n, k, scheme):
+def uneven(n, k, scheme, largest=3):
     """A weight whose scales differ by orders of magnitude from row to row, or block to block."""
     weight = quantize(random(n, k), scheme)
-    weight.scales.mul_(10.0 ** torch.randint(-3, 4, weight.scales.shape))
+    weight.scales.mul_(10.0 ** torch.randint(-3, largest + 1, weight.scales.shape))
     return weight
 
 
@@ -76,6 +76,36 @@ def test_epilogue(scheme, rows, activation):
     check(x, quantize(random(33, 40), scheme), random(33), residual, activation)
 
 
+def pair_of(n, k, scheme):
+    """For ``n`` columns, or as many more as blocks need; their products are numbers of fp16."""
+    n += -n % pair_multiple(scheme)
+    return interleave(*(uneven(n, k, scheme, largest=0) for _ in range(2)))
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    scheme=st.sampled_from(SCHEMES),
+    m=st.integers(1, 80),
+    n=st.integers(1, 80),
+    k=st.integers(1, 200),
+    extras=st.sampled_from([(), ("bias",), ("residual",), ("bias", "residual")]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_pair(scheme, m, n, k, extras, dtype):
+    weight = pair_of(n, k, scheme)
+    both = weight.shape[0]
+    tensors = {"bias": random(both), "residual": random(m, both // 2, dtype=dtype)}
+    tensors = {name: tensors[name] for name in extras}
+    check(random(m, k, dtype=dtype), weight, **tensors, activation="silu", gated=True)
+
+
+@pytest.mark.parametrize("rows", [9, 70])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_activations_of_a_gate(rows, activation):
+    x = random(2, rows, 40, dtype=torch.bfloat16)
+    check(x, pair_of(33, 40, "fp8"), random(66), random(2, rows, 33).bfloat16(), activation, True)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("rows", [5, 66])
 def test_scales_stay_where_they_belong(scheme, rows):
@@ -102,6 +132,17 @@ def test_other_tiles(scheme, dtype):
         check(x[:20], weight, random(144))
     with forced(round_groups=RoundingLaunch(4, 32, 4)):
         check(x, weight)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_other_tiles_of_pairs(scheme):
+    """Both halves of a tile by the copy engine, one column that it leaves out, parts of K."""
+    x, weight = random(70, 272), pair_of(150, 272, scheme)
+    n = weight.shape[0]
+    with forced(product=ProductLaunch(32, 64, 128, 4, 1, 32, TMA=True)):
+        check(x, weight, random(n), activation="gelu", gated=True)
+    with forced(small_product=SmallLaunch(16, 64, 128, 4, 1)):
+        check(x[:9], weight, random(n), activation="gelu", gated=True)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy's: infinite rows
@@ -163,7 +204,7 @@ def test_strides_do_not_matter(scheme):
 def arguments(scheme, m=3):
     weight = quantize(random(40, 150), scheme)
     tensors = (weight.packed, weight.scales, random(40), random(m, 40))
-    return random(m, 150), *tensors, scheme == "fp8_block", "gelu"
+    return random(m, 150), *tensors, scheme == "fp8_block", "gelu", False
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -171,10 +212,11 @@ def test_opcheck(scheme):
     torch.library.opcheck(torch.ops.llmos_fast.fp8_matmul_triton.default, arguments(scheme))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_compiles_in_one_graph(scheme):
+@pytest.mark.parametrize(("scheme", "gated"), [("fp8", True), ("fp8_block", False)])
+def test_compiles_in_one_graph(scheme, gated):
     torch._dynamo.reset()
-    call = partial(ops.quant_matmul, qweight=quantize(random(40, 150), scheme), impl="triton")
+    weight = pair_of(20, 150, scheme) if gated else quantize(random(40, 150), scheme)
+    call = partial(ops.quant_matmul, qweight=weight, gated=gated, impl="triton")
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for rows in (3, 70):
         x = random(rows, 150)
@@ -195,22 +237,28 @@ def test_what_is_refused(scheme):
 
 # of the self-test; its own sizes are for a GPU
 SMALL = ((70, 48, 528), (5, 144, 300), (5, 33, 1001))
+SMALL_PAIRS = ((70, 48, 272), (5, 77, 333))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blocks", [False, True])
 def test_the_self_test_passes_what_is_right(blocks, dtype):
-    assert fp8_self_test.passes(fp8_matmul, CPU, blocks, dtype, SMALL, 1)
+    assert fp8_self_test.passes(fp8_matmul, CPU, blocks, dtype, False, SMALL, 1)
 
 
-def by_definition(x, packed, scales, bias, residual, blocks, activation, sum_up=None):
+@pytest.mark.parametrize("blocks", [False, True])
+def test_the_self_test_passes_right_pairs(blocks):
+    assert fp8_self_test.passes(fp8_matmul, CPU, blocks, torch.float16, True, SMALL_PAIRS, 1)
+
+
+def by_definition(x, packed, scales, bias, residual, blocks, activation, gated, sum_up=None):
     """``fp8_matmul`` by plain torch in float64."""
     k = x.shape[1]
     weight = from_codes(packed, scales, None, "fp8_block" if blocks else "fp8", 128)
     levels, x_scales = round_activations(x, weight.scheme, weight.group_size)
     values, dense = levels.double() * x_scales.double(), weight.dequantize(torch.float64)
     y = values @ dense.T if sum_up is None else sum_up(values, dense, k)
-    return ((y + bias.double()).relu() + residual.double()).to(x.dtype)
+    return finish(y + bias.double(), activation, gated, residual, len(packed) // 2).to(x.dtype)
 
 
 def in_14_bits(x, weight, k):
@@ -237,12 +285,39 @@ WRONG = {
 }
 
 
+def halves_of(change):
+    """``by_definition`` with gate and partner as they should not be."""
+
+    def multiply(x, packed, scales, bias, residual, blocks, activation, gated):
+        y = by_definition(x.double(), packed, scales, bias, None, blocks, None, False)
+        return change(*y.chunk(2, -1)).to(x.dtype)
+
+    return multiply
+
+
+WRONG_PAIRS = {
+    "gate and partner are swapped": halves_of(lambda gate, up: up.relu() * gate),
+    "nothing is activated": halves_of(lambda gate, up: gate * up),
+    "both are activated": halves_of(lambda gate, up: gate.relu() * up.relu()),
+    "the gate is missing": halves_of(lambda gate, up: gate.relu()),
+}
+
+
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("wrong", WRONG)
 def test_the_self_test_finds_what_is_wrong(wrong, blocks):
     sizes = ((5, 144, 32784),) if wrong.startswith("sums") else ((5, 144, 300),)
-    assert fp8_self_test.passes(by_definition, CPU, blocks, torch.float32, sizes, 1)
-    assert not fp8_self_test.passes(WRONG[wrong], CPU, blocks, torch.float32, sizes, 1)
+    assert fp8_self_test.passes(by_definition, CPU, blocks, torch.float32, False, sizes, 1)
+    assert not fp8_self_test.passes(WRONG[wrong], CPU, blocks, torch.float32, False, sizes, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("blocks", [False, True])
+def test_the_self_test_finds_wrong_pairs(blocks, dtype):
+    passes = partial(fp8_self_test.passes, sizes=((5, 144, 300),), rounds=1)
+    assert passes(by_definition, CPU, blocks, dtype, True)
+    for name, wrong in WRONG_PAIRS.items():
+        assert not passes(wrong, CPU, blocks, dtype, True), name
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -274,7 +349,7 @@ def test_a_verdict_is_kept_and_obeyed(monkeypatch, right):
     assert kept == {"fp8_matmul(rows, torch.float32)": right}
     # the operator, which a compiled graph calls without asking, asks itself
     x, weight = random(2, 8), quantize(random(4, 8), "fp8")
-    parts = weight.packed, weight.scales, None, None, False, ""
+    parts = weight.packed, weight.scales, None, None, False, "", False
     found = torch.ops.llmos_fast.fp8_matmul_triton(x, *parts)
     torch.testing.assert_close(found, reference.quant_matmul(x, weight))
 
@@ -284,7 +359,7 @@ def test_nothing_is_tested_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(verdicts, "_verdicts", {})
     monkeypatch.setattr(verdicts, "load", lambda device: {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    reason = fp8_self_test.refusal(CPU, False, torch.float32)
+    reason = fp8_self_test.refusal(CPU, False, torch.float32, False)
     assert reason == "needs a first call outside of a CUDA graph, for its self-test"
 
 

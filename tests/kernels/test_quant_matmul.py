@@ -9,16 +9,16 @@ from llmos_fast.kernels.product_launch import ProductLaunch
 
 from llmos_fast import ops, reference
 from llmos_fast.ops.quant_matmul import ACTIVATIONS
-from llmos_fast.quantize import quantize
+from llmos_fast.quantize import interleave, quantize
 from llmos_fast.testing import assert_within_budget, random
 
 
-def check(x, weight, bias=None, activation=None, residual=None):
+def check(x, weight, bias=None, activation=None, residual=None, gated=False):
     assert_within_budget(
         partial(ops.quant_matmul, qweight=weight),
         partial(reference.quant_matmul, qweight=weight),
         {"x": x, "bias": bias, "residual": residual},
-        {"activation": activation},
+        {"activation": activation, "gated": gated},
         impl="triton",
         reduction=x.shape[-1],
     )
@@ -49,6 +49,12 @@ def test_a_residual(rows, dtype):
     check(
         random(rows, 50, dtype=dtype), quantize(random(33, 50), "fp8_a16"), None, "silu", residual
     )
+
+
+@pytest.mark.parametrize("rows", [(9,), (2, 35)], ids=str)
+def test_a_gated_pair(rows):
+    weight = interleave(*(quantize(random(33, 50), "fp8_a16") for _ in range(2)))
+    check(random(*rows, 50), weight, random(66), "silu", random(*rows, 33), gated=True)
 
 
 def test_rows_by_tma():

@@ -349,6 +349,33 @@ def test_gated_pair_in_one_call(cpu_set, scheme, m, features, k):
         )
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(
+    ("scheme", "n"), [("fp8", 16), ("fp8", 33), ("fp8_a16", 33), ("fp8_block", 128)]
+)
+def test_gated_pairs_in_rows(scheme, n, requires_grad):
+    """fp8 has no panels: the halves are the gate and its partner. The kernels gate only panels."""
+    gate, up = (quantize(random(n, 70), scheme) for _ in range(2))
+    weight, biases = interleave(gate, up), random(2, n)
+    x, residual = random(3, 70), random(3, n)
+    first, second = (
+        reference.quant_matmul(x.double(), w, bias.double())
+        for w, bias in zip((gate, up), biases, strict=True)
+    )
+    tensors = {"x": x, "bias": biases.flatten(), "residual": residual}
+    rest = {"qweight": weight, "activation": "silu", "gated": True}
+    truth = reference.quant_matmul(**{name: t.double() for name, t in tensors.items()}, **rest)
+    torch.testing.assert_close(truth, apply_activation(first, "silu") * second + residual)
+    assert_within_budget(
+        quant_matmul,
+        reference.quant_matmul,
+        {name: t.requires_grad_(requires_grad) for name, t in tensors.items()},
+        rest,
+        impl="reference" if scheme == "fp8_block" else "native",
+        reduction=70,
+    )
+
+
 def test_interleave_refuses_what_does_not_fit():
     weight = quantize(random(16, 40), "int4", 32)
     with pytest.raises(ValueError, match=r"interleave: .* be alike.*groups of 32 and .*of 64"):
@@ -384,6 +411,7 @@ def test_float64_takes_the_reference():
 
 
 WEIGHT = quantize(torch.ones(4, 64), "int4", 32)
+ODD_FP8 = quantize(torch.ones(3, 64), "fp8")
 X = torch.ones(2, 64)
 
 
@@ -400,6 +428,7 @@ X = torch.ones(2, 64)
         (X, WEIGHT, {"bias": torch.ones(4, device="meta")}, "bias must be on .* got meta"),
         (X, WEIGHT, {"activation": "tanh"}, "activation must be one of .*, got 'tanh'"),
         (X, WEIGHT, {"gated": True}, r"qweight must be interleave\(gate, up\) for gated=True"),
+        (X, ODD_FP8, {"gated": True}, r"qweight must be interleave\(gate, up\) for gated=True"),
         (X, WEIGHT, {"residual": torch.ones(2, 5)}, r"residual must have shape \(2, 4\)"),
         (X, WEIGHT, {"residual": torch.ones(2, 4).half()}, "residual must be torch.float32"),
     ],
