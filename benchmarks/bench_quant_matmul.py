@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from llmos_fast import explain, ops, quantize, reference
-from llmos_fast.quantize import FP8, format_of, rounds_activations
+from llmos_fast.quantize import FP8, format_of, interleave, rounds_activations
 from llmos_fast.testing import assert_close_to_truth, assert_within_budget, random
 
 from . import quant_gpu_peers
@@ -153,6 +153,54 @@ def bench_quant_matmul_gpu(compare, smoke, impl, scheme, group, shape, rows):
         check=check,
         flops=2 * rows * features * out_features,
         bytes=quantized.nbytes,
+        dtype=multiplied_dtype(scheme),
+        rounds=50,
+        device="cuda",
+    )
+
+
+GATED_SHAPES = [(4096, 14336), (8192, 28672)]  # in, out of both
+
+
+@needs_gpu
+@lenient
+@pytest.mark.parametrize("rows", GPU_ROWS)
+@pytest.mark.parametrize("shape", GATED_SHAPES, ids=str)
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_block"])
+@torch.no_grad()
+def bench_quant_matmul_gated_gpu(compare, smoke, scheme, shape, rows):
+    """A SwiGLU pair in one launch, beside two products and torch's multiplication."""
+    if smoke and (shape, rows) != (GATED_SHAPES[0], 16):
+        pytest.skip("not in a smoke run")
+    features, out_features = shape
+    gate, up = (
+        quantize(random(out_features, features, scale=0.02).to("cuda"), scheme) for _ in range(2)
+    )
+    pair, options = interleave(gate, up), {"activation": "silu", "gated": True}
+    x = random(rows, features, dtype=torch.bfloat16).to("cuda")
+    if reason := dict(explain(ops.quant_matmul, x, pair, **options))["triton"]:
+        pytest.skip(reason)
+
+    def check():
+        assert_within_budget(
+            ops.quant_matmul,
+            reference.quant_matmul,
+            {"x": x[:128]},
+            {"qweight": pair, **options},
+            impl="triton",
+            reduction=features,
+        )
+
+    def two_products():
+        return ops.quant_matmul(x, gate, activation="silu") * ops.quant_matmul(x, up)
+
+    compare(
+        lambda: ops.quant_matmul(x, pair, **options, impl="triton"),
+        {},
+        baselines={"two_products": two_products},
+        check=check,
+        flops=4 * rows * features * out_features,
+        bytes=pair.nbytes,
         dtype=multiplied_dtype(scheme),
         rounds=50,
         device="cuda",
