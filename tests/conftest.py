@@ -39,6 +39,17 @@ def patch_once_per_launch():
     interpreter.InterpretedFunction.__call__ = call
 
 
+def index_by_arrays_of_one():
+    """Triton 3.6's interpreter takes them for integers, which numpy does no longer from 2.4 on."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
 def round_as_a_gpu():
     """Triton's interpreter cuts bf16 off, slowly, and loses carries and NaN of e4m3."""
     convert = interpreter._convert_float
@@ -64,6 +75,7 @@ def round_as_a_gpu():
 
 
 patch_once_per_launch()
+index_by_arrays_of_one()
 round_as_a_gpu()
 
 # a change is judged by its own examples, not by the day's luck
