@@ -21,10 +21,12 @@ struct Head {
            first * strides.row;
   }
   // Asks for rows [q, q + count) of x, of the keys or of the queries, as far as they exist: heads
-  // of few rows wait for memory otherwise.
+  // of few rows wait for memory otherwise. Always inline: gcc takes a function that does nothing
+  // but prefetch for one without effect, and leaves out its calls.
   template <bool to_write = false>
-  void fetch(const void* x, const Strides4& strides, bool of_keys, int64_t q, int64_t count,
-             int64_t columns) const {
+  inline __attribute__((always_inline)) void fetch(const void* x, const Strides4& strides,
+                                                   bool of_keys, int64_t q, int64_t count,
+                                                   int64_t columns) const {
     const int64_t first = of_keys ? sequence.first_k : sequence.first_q;
     const int64_t length = of_keys ? sequence.length_k : sequence.length_q;
     const T* from = rows(x, strides, of_keys ? head_kv : head, first + q);
