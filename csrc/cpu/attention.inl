@@ -179,18 +179,18 @@ static void attention_forward_rows(const Head<T>& head, const Head<T>& next,
                                    const AttentionForward& call, int64_t q_begin, int64_t q_end) {
   using E = typename OperandOf<T>::Type;
   static_assert(sizeof(E) == sizeof(float), "scratch memory counts floats");
-  constexpr int64_t per = elements_in<E>, kBlockQ = 4 * kStrip;
+  constexpr int64_t per = elements_in<E>;
   const int64_t depth = count_of(call.head_dim, per), head_dim_v = call.head_dim_v;
   const int64_t width = round_up(depth, kLanes), width_v = round_up(head_dim_v, kPanel);
   const int64_t padded_k = round_up(head.sequence.length_k, kPanel),
                 panel_v = padded_k / per * kPanel;
   float* memory = thread_scratch().floats(padded_k * (depth + width_v) +
-                                          kBlockQ * (width + width_v) + kStrip * kScoreRow);
+                                          kStrip * (width + width_v + kScoreRow));
   E* keys = reinterpret_cast<E*>(memory);
   E* values = keys + padded_k * depth;
   E* query = values + padded_k * width_v;
-  float* out = reinterpret_cast<float*>(query + kBlockQ * width);
-  float* scores = out + kBlockQ * width_v;
+  float* out = reinterpret_cast<float*>(query + kStrip * width);
+  float* scores = out + kStrip * width_v;
 
   const int64_t key_begin = head.first_key(q_begin) / kPanel * kPanel;
   const int64_t key_count = head.last_key(q_end - 1) - key_begin;
@@ -200,57 +200,43 @@ static void attention_forward_rows(const Head<T>& head, const Head<T>& next,
   gather_factor(
       head.rows(call.value, call.value_strides, head.head_kv, head.sequence.first_k + key_begin),
       call.value_strides.row, key_count, head_dim_v, values + key_begin / per * kPanel, panel_v);
+  const int64_t query_row = call.query_strides.row, out_row = call.out_strides.row;
   const T* query_rows = head.rows(call.query, call.query_strides, head.head, head.sequence.first_q);
   T* out_rows =
       const_cast<T*>(head.rows(call.out, call.out_strides, head.head, head.sequence.first_q));
 
-  for (int64_t q0 = q_begin; q0 < q_end; q0 += kBlockQ) {
-    const int64_t rows = q_end - q0 < kBlockQ ? q_end - q0 : kBlockQ;
-    F top[kBlockQ / kStrip], total[kBlockQ / kStrip];
-    for (int64_t strip = 0; strip < kBlockQ / kStrip; ++strip) {
-      top[strip] = splat(-__builtin_inff());
-      total[strip] = F{};
+  for (int64_t q = q_begin; q < q_end; q += kStrip) {
+    const int64_t rows = q_end - q < kStrip ? q_end - q : kStrip;
+    const int64_t begin = head.first_key(q) / kPanel * kPanel, end = head.last_key(q + rows - 1);
+    F top = splat(-__builtin_inff()), total = {};
+    gather_rows(query_rows + q * query_row, query_row, rows, call.head_dim, 1.0f, query, width);
+    head.template fetch<true>(call.out, call.out_strides, false, q, rows, head_dim_v);
+    if (begin >= end)
+      for (int64_t i = 0; i < rows * width_v; i += kLanes) store(out + i, F{});
+    for (int64_t k = begin; k < end; k += kBlockK) {
+      const int64_t n = end - k < kBlockK ? end - k : kBlockK;
+      const int64_t ahead = &next != &head && k == begin ? rows : 0;
+      next.fetch(call.key, call.key_strides, true, q, ahead, call.head_dim);
+      multiply(rows, n, depth, query, width, 1, keys + k * depth, kPanel * depth, scores, kScoreRow,
+               false);
+      next.fetch(call.value, call.value_strides, true, q, ahead, head_dim_v);
+      const F had = total, decay = weigh(head, q, rows, k, n, scores, top, total);
+      next.fetch(call.query, call.query_strides, false, q, ahead, call.head_dim);
+      for (int64_t i = 0; i < rows; ++i)
+        if (had[i] > 0.0f && decay[i] != 1.0f)
+          for (int64_t j = 0; j < width_v; j += kLanes)
+            store(out + i * width_v + j, load(out + i * width_v + j) * decay[i]);
+      multiply(rows, head_dim_v, count_of(n, per), reinterpret_cast<const E*>(scores), kScoreRow, 1,
+               values + k / per * kPanel, panel_v, out, width_v, k > begin);
     }
-    gather_rows(query_rows + q0 * call.query_strides.row, call.query_strides.row, rows,
-                call.head_dim, 1.0f, query, width);
-    for (int64_t i = 0; i < rows * width_v; i += kLanes) store(out + i, F{});
-    head.template fetch<true>(call.out, call.out_strides, false, q0, rows, head_dim_v);
-    const int64_t first = head.first_key(q0) / kBlockK * kBlockK;
-    const int64_t last = head.last_key(q0 + rows - 1);
-    for (int64_t k0 = first; k0 < last; k0 += kBlockK)
-      for (int64_t m = 0; m < rows; m += kStrip) {
-        const int64_t count = rows - m < kStrip ? rows - m : kStrip;
-        const int64_t ahead = &next != &head && k0 == first ? count : 0;
-        const Span span(head, q0 + m, count, k0);
-        if (span.n <= 0) continue;
-        next.fetch(call.key, call.key_strides, true, q0 + m, ahead, call.head_dim);
-        F& total_before = total[m / kStrip];
-        const F had = total_before;
-        multiply(count, span.n, depth, query + m * width, width, 1, keys + span.begin * depth,
-                 kPanel * depth, scores, kScoreRow, false);
-        next.fetch(call.value, call.value_strides, true, q0 + m, ahead, head_dim_v);
-        const F decay =
-            weigh(head, q0 + m, count, span.begin, span.n, scores, top[m / kStrip], total_before);
-        next.fetch(call.query, call.query_strides, false, q0 + m, ahead, call.head_dim);
-        for (int64_t i = 0; i < count; ++i)
-          if (had[i] > 0.0f && decay[i] != 1.0f)
-            for (int64_t j = 0; j < width_v; j += kLanes)
-              store(out + (m + i) * width_v + j, load(out + (m + i) * width_v + j) * decay[i]);
-        multiply(count, head_dim_v, count_of(span.n, per), reinterpret_cast<const E*>(scores),
-                 kScoreRow, 1, values + span.begin / per * kPanel, panel_v, out + m * width_v,
-                 width_v, true);
-      }
-    for (int64_t m = 0; m < rows; m += kStrip) {
-      const int64_t count = rows - m < kStrip ? rows - m : kStrip;
-      F lse;
-      const F factors = finish_rows(head, top[m / kStrip], total[m / kStrip], lse);
-      for (int64_t i = m; i < m + count; ++i) {
-        call.lse[head.row(q0 + i)] = lse[i - m];
-        const F factor = splat(factors[i - m]);
-        for (int64_t j = 0; j < head_dim_v; j += kLanes)
-          store(out_rows + (q0 + i) * call.out_strides.row + j,
-                load(out + i * width_v + j) * factor, head_dim_v - j);
-      }
+    F lse;
+    const F factors = finish_rows(head, top, total, lse);
+    for (int64_t i = 0; i < rows; ++i) {
+      call.lse[head.row(q + i)] = lse[i];
+      const F factor = splat(factors[i]);
+      for (int64_t j = 0; j < head_dim_v; j += kLanes)
+        store(out_rows + (q + i) * out_row + j, load(out + i * width_v + j) * factor,
+              head_dim_v - j);
     }
   }
 }
