@@ -49,7 +49,7 @@ def moves(step):
     """Operators of MOVES that ``step`` executed on as many elements as one hidden state has."""
     step()
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, acc_events=True
     ) as profile:
         step()
     found = Counter()

@@ -80,7 +80,7 @@ def check(shape, features, dtype, impl):
     # that of a broadcast bias runs over everything
     reduction = max(head_dim, head_dim_v) * max(seq_k, heads_q // heads_kv * seq_q)
     if "bias" in features:
-        reduction = batch * heads_q * seq_q * seq_k
+        reduction = max(reduction, batch * heads_q * seq_q * seq_k)
     if "sinks" in features:  # over keys, features and all rows of a head
         reduction = max(reduction, seq_k * head_dim_v * batch * seq_q)
     assert_within_budget(
