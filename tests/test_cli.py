@@ -445,11 +445,12 @@ def test_interrupted_twice_keeps_the_last_good_checkpoint(run, text, tmp_path, m
 
     def step(self, data, targets):
         if self.steps_done == 4:
-            # to this thread, one after the other: two that wait count as one, and the first may
-            # wait where another thread of the test's process has just had its turn
-            signal.raise_signal(signal.SIGINT)
-            time.sleep(0.01)
-            signal.raise_signal(signal.SIGINT)
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+                # two that wait count as one, and each may wait where another thread of the test's
+                # process has just had its turn: this one looks again after every sleep
+                for _ in range(100):
+                    time.sleep(0.001)
         return whole_step(self, data, targets)
 
     monkeypatch.setattr(Trainer, "_step", step)
