@@ -113,9 +113,9 @@ def avoid_warpgroups(device: torch.device) -> None:
     _avoids_warpgroups.add(device)
 
 
-def uses_all_kernels(device: torch.device) -> bool:
-    """Whether it avoids none."""
-    return device not in _avoids_warpgroups
+def uses_warpgroups(device: torch.device) -> bool:
+    """Whether it has them and does not avoid them."""
+    return has_warpgroups(device) and device not in _avoids_warpgroups
 
 
 def few_rows(x: Tensor, *rest: Any) -> Tensor:
@@ -152,7 +152,7 @@ def _launch(
     if out.numel() == 0:
         return out
     shape = (rows.shape[0], n, x.shape[-1], group_size, FORMAT_CODES[scheme])
-    how = str(x.dtype)[6:], has_warpgroups(x.device) and x.device not in _avoids_warpgroups
+    how = str(x.dtype)[6:], uses_warpgroups(x.device)
     with torch.cuda.device(x.device):
         tiles, splits, workspace_bytes = _plan(kernel, x.device.index, *shape, *how)
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device)

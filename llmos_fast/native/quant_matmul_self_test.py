@@ -41,7 +41,9 @@ ROUNDS = 10
 Function = Callable[..., Tensor]
 
 _lock = threading.Lock()
-_verdicts: dict[tuple[torch.device, str, torch.dtype], str | None] = {}
+# the device, the scheme, the dtype, and whether Hopper's warpgroups are among the kernels
+Key = tuple[torch.device, str, torch.dtype, bool]
+_verdicts: dict[Key, str | None] = {}
 
 
 def refusal(device: torch.device, scheme: str, dtype: torch.dtype) -> str | None:
@@ -52,14 +54,14 @@ def refusal(device: torch.device, scheme: str, dtype: torch.dtype) -> str | None
     """
     if not rounds_activations(scheme):
         scheme = f"{format_of(scheme)}_a16"
-    key = device, scheme, dtype
+    key = device, scheme, dtype, cuda.uses_warpgroups(device)
     if key not in _verdicts:
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return None
         with _lock:
-            reason = _settle(key)
-        if reason is not None:
-            return reason
+            reason = _settle(device, scheme, dtype)
+        # without warpgroups from now on, the kernels may be others
+        return refusal(device, scheme, dtype) if reason is None else reason
     return _verdicts[key]
 
 
@@ -67,23 +69,35 @@ def refusal(device: torch.device, scheme: str, dtype: torch.dtype) -> str | None
 refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _settle(key: tuple[torch.device, str, torch.dtype]) -> str | None:
-    """Note the verdict down; None, or why there is none yet."""
+def _settle(device: torch.device, scheme: str, dtype: torch.dtype) -> str | None:
+    """Note a verdict down, or that warpgroups are avoided; None, or why there is none yet."""
+    warpgroups = cuda.uses_warpgroups(device)
+    key = device, scheme, dtype, warpgroups
     if key in _verdicts:
         return None
-    device, scheme, dtype = key
-    environment, name = _environment(device), f"{scheme}, {dtype}"
+    if rounds_activations(scheme) and not cuda.has_room(device):
+        _verdicts[key] = f"needs 164 KB of shared memory in an SM for {scheme}"
+        return None
+    environment = _environment(device)
+    name = f"{scheme}, {dtype}{', warpgroups' if warpgroups else ''}"
     if kept.load(environment).get(name):
         _verdicts[key] = None
         return None
     if torch.cuda.is_current_stream_capturing():
         return "needs a first call outside of a CUDA graph, for its self-test"
     try:
-        _verdicts[key] = _verdict(device, scheme, dtype)
+        failure = _failure(device, scheme, dtype)
     except torch.OutOfMemoryError:
         return "needs more free memory on the GPU for its self-test"
-    if _verdicts[key] is None and cuda.uses_all_kernels(device):
+    if failure is not None and warpgroups:
+        cuda.avoid_warpgroups(device)
+        _warn(f"{failure}; it goes on without Hopper's own instructions")
+        return None
+    _verdicts[key] = failure
+    if failure is None:
         kept.store(environment, kept.load(environment) | {name: True})
+    else:
+        _warn(f"{failure}; it is not used")
     return None
 
 
@@ -98,28 +112,13 @@ def _environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def _verdict(device: torch.device, scheme: str, dtype: torch.dtype) -> str | None:
+def _failure(device: torch.device, scheme: str, dtype: torch.dtype) -> str | None:
+    """What is wrong with the kernels, in words; None where they pass."""
     product: Function | None = None
     if rounds_activations(scheme):
-        if not cuda.has_room(device):
-            return f"needs 164 KB of shared memory in an SM for {scheme}"
         product = cuda.rounded_rows
     elif cuda.multiplies(device, dtype):
         product = cuda.few_rows
-    failure = _failure(product, device, scheme, dtype)
-    if failure is not None and cuda.has_warpgroups(device):
-        cuda.avoid_warpgroups(device)
-        _warn(f"{failure}; it goes on without Hopper's own instructions")
-        failure = _failure(product, device, scheme, dtype)
-    if failure is not None:
-        _warn(f"{failure}; it is not used")
-    return failure
-
-
-def _failure(
-    product: Function | None, device: torch.device, scheme: str, dtype: torch.dtype
-) -> str | None:
-    """What is wrong with the kernels, in words; None where they pass."""
     try:
         if passes(product, cuda.dequantize, device, scheme, dtype):
             return None

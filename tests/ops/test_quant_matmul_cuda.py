@@ -143,6 +143,18 @@ def test_a_failure_of_warpgroups_leaves_the_kernels_without_them(monkeypatch, ve
         verdicts.clear()
 
 
+def test_without_warpgroups_other_schemes_are_asked_again(monkeypatch, verdicts):
+    monkeypatch.setattr(cuda, "has_warpgroups", lambda device: True)
+    answers(monkeypatch, True)
+    assert self_test.refusal(GPU, "int8", torch.bfloat16) is None
+    monkeypatch.setattr(self_test, "passes", lambda *arguments: GPU in cuda._avoids_warpgroups)
+    with pytest.warns(UserWarning, match="goes on without"):
+        assert self_test.refusal(GPU, "int4", torch.bfloat16) is None
+    asked = answers(monkeypatch, True)
+    assert self_test.refusal(GPU, "int8", torch.bfloat16) is None
+    assert asked == [(GPU, "int8", torch.bfloat16)]
+
+
 def test_what_passed_is_kept_for_the_next_process(monkeypatch, verdicts):
     asked = answers(monkeypatch, True)
     assert self_test.refusal(GPU, "int8", torch.bfloat16) is None
